@@ -1,0 +1,1 @@
+"""Streaming speech recognition that picks its depth for every chunk of audio."""

@@ -1,0 +1,100 @@
+"""Kaldi-style log-mel features in numpy: the streaming and the whole-file path are the same code.
+
+Frame i covers samples [i * hop, i * hop + window): no padding at the left, so a frame never depends on how the
+samples were split into pushes. Torch-free on purpose, so that devices without torch compute the same features.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from asr_exit.config import FeatureConfig
+
+INT16_SCALE = 32768.0
+ENERGY_FLOOR = 1.0  # on the int16 scale: below one bit of noise, so digital silence stays finite
+MAX_FRAMES_PER_BLOCK = 2048  # bounds the working set of hours-long files
+
+
+@lru_cache(maxsize=8)
+def mel_filterbank(config: FeatureConfig) -> np.ndarray:
+    """Triangular filters on the HTK mel scale. Returns (fft_size // 2 + 1, num_mels) float64."""
+
+    def to_mel(hertz: np.ndarray | float) -> np.ndarray:
+        return 1127.0 * np.log1p(np.asarray(hertz, dtype=np.float64) / 700.0)
+
+    edges = np.linspace(to_mel(config.low_hertz), to_mel(config.high_hertz), config.num_mels + 2)
+    bins = to_mel(np.arange(config.fft_size // 2 + 1) * config.sample_rate_hertz / config.fft_size)[:, None]
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
+    return np.maximum(0.0, np.minimum(rising, falling))
+
+
+@lru_cache(maxsize=8)
+def povey_window(length_samples: int) -> np.ndarray:
+    """Kaldi's default window: a Hann window to the power 0.85. Returns (length_samples,) float64."""
+    return np.asarray(np.hanning(length_samples) ** 0.85, dtype=np.float64)
+
+
+def _frames_to_log_mel(frames: np.ndarray, config: FeatureConfig) -> np.ndarray:
+    """(T, window) samples -> (T, num_mels) float32. Float64 inside, so that block size does not show in the result."""
+    x = frames.astype(np.float64) * INT16_SCALE
+    x -= x.mean(axis=1, keepdims=True)
+    x[:, 1:] -= config.preemphasis * x[:, :-1]
+    x[:, 0] *= 1.0 - config.preemphasis
+    spectrum = np.fft.rfft(x * povey_window(config.window_samples), config.fft_size, axis=1)
+    power = spectrum.real**2 + spectrum.imag**2
+    return np.log(np.maximum(power @ mel_filterbank(config), ENERGY_FLOOR)).astype(np.float32)
+
+
+def log_mel(samples: np.ndarray, config: FeatureConfig | None = None) -> np.ndarray:
+    """Log-mel features of a whole recording.
+
+    Args:
+        samples: (N,) float32 in [-1, 1] at `config.sample_rate_hertz`.
+    Returns:
+        (T, num_mels) float32 with T = max(0, 1 + (N - window) // hop).
+    """
+    config = config or FeatureConfig()
+    num_frames = 1 + (len(samples) - config.window_samples) // config.hop_samples
+    if num_frames <= 0:
+        return np.zeros((0, config.num_mels), np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(samples, config.window_samples)[:: config.hop_samples]
+    blocks = [
+        _frames_to_log_mel(windows[start : start + MAX_FRAMES_PER_BLOCK], config)
+        for start in range(0, num_frames, MAX_FRAMES_PER_BLOCK)
+    ]
+    return np.concatenate(blocks)
+
+
+class StreamingLogMel:
+    """Features of a stream, computed lazily in batches; equal to `log_mel` at any split of the samples."""
+
+    def __init__(self, config: FeatureConfig | None = None) -> None:
+        self.config = config or FeatureConfig()
+        self._pending: list[np.ndarray] = []  # samples not yet consumed: one window's overlap and what followed
+        self._pending_samples = 0
+
+    def push(self, samples: np.ndarray) -> None:
+        """Append (N,) float32 samples. Cheap for any N; `pull` does the arithmetic."""
+        if len(samples):
+            self._pending.append(samples)
+            self._pending_samples += len(samples)
+
+    @property
+    def ready_frames(self) -> int:
+        """Feature frames that `pull` can return now."""
+        return max(0, 1 + (self._pending_samples - self.config.window_samples) // self.config.hop_samples)
+
+    def pull(self, max_frames: int | None = None) -> np.ndarray:
+        """The next min(ready_frames, max_frames) feature frames, (T, num_mels) float32."""
+        num_frames = self.ready_frames if max_frames is None else min(self.ready_frames, max_frames)
+        if num_frames == 0:
+            return np.zeros((0, self.config.num_mels), np.float32)
+        samples = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending)
+        used = num_frames * self.config.hop_samples
+        features = log_mel(samples[: used - self.config.hop_samples + self.config.window_samples], self.config)
+        self._pending = [samples[used:].copy()]  # a copy, so that the consumed part is freed
+        self._pending_samples = len(self._pending[0])
+        return features
