@@ -1,0 +1,103 @@
+"""The Conformer block (arXiv 2005.08100), pre-norm, with residual branches that can be gated per frame.
+
+The gate is how training sees random depth per chunk: a frame whose gate is 0 keeps its state through the block while
+its keys, values and convolution input are still projected from that state, which is what the `propagate` fill does in
+serving.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asr_exit.attention import FrameContext, KeyValueStore, SelfAttention
+from asr_exit.config import ModelConfig
+from asr_exit.conv import ChunkConv
+
+
+class LayerState(KeyValueStore, Protocol):
+    """One layer's streaming state for the streams of a batch."""
+
+    def conv_left(self) -> Tensor:
+        """(B, h, D) gated convolution inputs before this chunk."""
+
+    def set_conv(self, gated: Tensor) -> None:
+        """Remember the last h frames of (B, T, D)."""
+
+
+class FeedForward(nn.Module):
+    """Position-wise feed-forward with SiLU."""
+
+    def __init__(self, d_model: int, ff_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.up = nn.Linear(d_model, ff_dim)
+        self.down = nn.Linear(ff_dim, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(self.norm(x))))
+
+
+class ConformerBlock(nn.Module):
+    """Half feed-forward, self-attention, convolution, half feed-forward; no closing norm (the exits have their own)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d_model = config.d_model
+        self.ff_in = FeedForward(d_model, config.ff_dim)
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.attention = SelfAttention(d_model, config.num_heads)
+        self.conv_norm = nn.LayerNorm(d_model)
+        self.conv = ChunkConv(d_model, config.conv_kernel)
+        self.ff_out = FeedForward(d_model, config.ff_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: FrameContext,
+        state: LayerState | None = None,
+        gate: Tensor | None = None,
+        hole: bool = False,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            state: streaming state; None = offline pass.
+            gate: (B, T, 1) of 0 and 1; None = all 1. hole: frames with gate 0 leave zeros in the convolution, too
+                (their keys are masked by `context`).
+        """
+
+        def branch(y: Tensor, scale: float = 1.0) -> Tensor:
+            y = y if scale == 1.0 else scale * y
+            return y if gate is None else gate * y
+
+        x = x + branch(self.ff_in(x), 0.5)
+        x = x + branch(self.attention(self.attention_norm(x), context, state))
+        gated = self.conv.gated(self.conv_norm(x))
+        if context.valid is not None:
+            gated = gated * context.valid
+        if hole and gate is not None:
+            gated = gated * gate
+        left = None
+        if state is not None:
+            left = state.conv_left()
+            state.set_conv(gated)
+        x = x + branch(self.conv(gated, left, context.chunk_frames))
+        return x + branch(self.ff_out(x), 0.5)
+
+    def propagate(self, x: Tensor, context: FrameContext, state: LayerState) -> None:
+        """Advance the streaming state over (B, T, D) frames that skip this block: same effect as `gate` = 0."""
+        self.attention.store_only(self.attention_norm(x), context, state)
+        last = x[:, -max(1, self.conv.halo) :]
+        state.set_conv(self.conv.gated(self.conv_norm(last)))
+
+    def macs_per_frame(self) -> int:
+        """Multiply-accumulates per frame, without attention scores (they depend on the keys visible)."""
+        return sum(p.numel() for m in self.modules() if isinstance(m, nn.Linear | nn.Conv1d) for p in [m.weight])
+
+    def propagate_macs(self, frames: int) -> int:
+        """Multiply-accumulates of `propagate` over `frames` frames."""
+        d_model = self.attention.out.weight.shape[0]
+        return 2 * d_model * d_model * (frames + min(frames, max(1, self.conv.halo)))

@@ -1,0 +1,104 @@
+"""Convolutions with explicit streaming state: strided subsampling, and the Conformer's depthwise convolution.
+
+Shapes: B batch, T frames, D model dimension, C frames of a chunk, h halo frames = (kernel - 1) / 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvSubsampling(nn.Module):
+    """log2(factor) convolutions of kernel 3 and stride 2, each with one frame of left context and no lookahead.
+
+    Output frame t reads the feature frames up to factor * t + factor - 1, so a chunk needs exactly its own features.
+    The state is one input frame per stage.
+    """
+
+    def __init__(self, num_mels: int, channels: int, d_model: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        stages = factor.bit_length() - 1
+        self.bands = [num_mels]  # frequency bins at the input of each stage
+        self.channels = [1] + [channels] * (stages - 1)
+        self.convs = nn.ModuleList()
+        for stage in range(stages):
+            self.convs.append(nn.Conv2d(self.channels[stage], channels, 3, stride=2, padding=(0, 1)))
+            self.bands.append((self.bands[-1] + 1) // 2)
+        self.out = nn.Linear(channels * self.bands[-1], d_model)
+
+    def tail_shapes(self) -> list[tuple[int, int]]:
+        """(channels, bands) of the one-frame state that each stage carries."""
+        return list(zip(self.channels, self.bands[:-1], strict=True))
+
+    def forward(self, features: Tensor, tails: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Normalised features -> model frames.
+
+        Args:
+            features: (B, factor * T, num_mels).
+            tails: per stage (B, channels, 1, bands), the last input frame of the chunk before; None = start of audio.
+        Returns:
+            (B, T, D) and the new tails.
+        """
+        x = features[:, None]
+        new_tails = []
+        for stage, conv in enumerate(self.convs):
+            tail = x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]) if tails is None else tails[stage]
+            new_tails.append(x[:, :, -1:])
+            x = F.relu(conv(torch.cat((tail.to(x.dtype), x), dim=2)))
+        return self.out(x.permute(0, 2, 1, 3).flatten(2)), new_tails
+
+    def macs_per_frame(self) -> int:
+        """Multiply-accumulates per output frame."""
+        total, frames = 0, self.factor
+        for stage, conv in enumerate(self.convs):
+            frames //= 2
+            total += frames * self.bands[stage + 1] * conv.weight.numel()
+        return total + self.out.weight.numel()
+
+
+class ChunkConv(nn.Module):
+    """Depthwise convolution that looks back into earlier chunks but never past the end of its own chunk.
+
+    Frames near the end of a chunk see zeros where the future would be (dynamic chunk convolution, arXiv 2304.09325):
+    more accurate than a causal kernel at the same latency, and streaming equals offline on the same chunk grid.
+    """
+
+    def __init__(self, d_model: int, kernel: int) -> None:
+        super().__init__()
+        self.halo = (kernel - 1) // 2
+        self.expand = nn.Linear(d_model, 2 * d_model)
+        self.depthwise = nn.Conv1d(d_model, d_model, kernel, groups=d_model)
+        self.norm = nn.LayerNorm(d_model)
+        self.out = nn.Linear(d_model, d_model)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D): the depthwise convolution's input, which is also what streaming state holds."""
+        return F.glu(self.expand(x), dim=-1)
+
+    def forward(self, gated: Tensor, left: Tensor | None, chunk_frames: int | None) -> Tensor:
+        """Depthwise convolution, normalisation and output projection.
+
+        Args:
+            gated: (B, T, D) from `gated`, zero in padding frames, starting on a chunk boundary.
+            left: (B, h, D) gated frames before the first one; None = start of audio.
+            chunk_frames: C; None = one chunk of T frames.
+        Returns:
+            (B, T, D).
+        """
+        batch, frames, d_model = gated.shape
+        halo = self.halo
+        chunk = frames if chunk_frames is None else min(chunk_frames, frames)
+        chunks = -(-frames // chunk)
+        if left is None:
+            left = gated.new_zeros(batch, halo, d_model)
+        x = torch.cat((left.to(gated.dtype), gated), dim=1)
+        x = F.pad(x, (0, 0, 0, chunks * chunk - frames))
+        if chunks > 1:  # (B, n, D, h + C): every chunk with the frames before it, and nothing after it
+            x = x.unfold(1, halo + chunk, chunk).reshape(batch * chunks, d_model, halo + chunk)
+        else:
+            x = x.transpose(1, 2)
+        y = self.depthwise(F.pad(x, (0, halo))).transpose(1, 2).reshape(batch, chunks * chunk, d_model)[:, :frames]
+        return self.out(F.silu(self.norm(y)))

@@ -1,0 +1,164 @@
+"""The early-exit encoder: subsampling, segments of Conformer blocks, and an exit head after each segment.
+
+Shapes: B batch, T encoder frames, D model dimension, V vocabulary. A segment is the layers between two exits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from asr_exit.attention import FrameContext, additive, rotary, visible
+from asr_exit.config import ModelConfig
+from asr_exit.conformer import ConformerBlock, LayerState
+from asr_exit.conv import ConvSubsampling
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What an offline pass returns."""
+
+    logits: list[Tensor]  # per exit (B, T, V); empty when depth was given per chunk
+    lengths: Tensor  # (B,) encoder frames of each utterance
+    mixed_logits: Tensor | None = None  # (B, T, V): every chunk's logits at its own exit
+
+
+class ExitHead(nn.Module):
+    """Normalisation and linear CTC layer."""
+
+    def __init__(self, d_model: int, vocab_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.out = nn.Linear(d_model, vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V) logits."""
+        return self.out(self.norm(x))
+
+
+class Segment(nn.Module):
+    """The layers between two exits, the exit after them, and the optional self-conditioning that feeds it back.
+
+    Self-conditioning (arXiv 2104.02724) adds a projection of the exit's posteriors to the state that deeper segments
+    read. The state handed on is therefore complete: it can wait in an inbox, or be propagated, as it is.
+    """
+
+    def __init__(self, config: ModelConfig, last: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ConformerBlock(config) for _ in range(config.exit_every))
+        self.head = ExitHead(config.d_model, config.vocab_size)
+        self.feedback = nn.Linear(config.vocab_size, config.d_model) if config.self_conditioning and not last else None
+
+    def forward(
+        self,
+        x: Tensor,
+        context: FrameContext,
+        states: list[LayerState] | None = None,
+        gate: Tensor | None = None,
+        hole: bool = False,
+        want_logits: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> the next segment's input (B, T, D), and the exit's logits (B, T, V) if wanted."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x, context, None if states is None else states[index], gate, hole)
+        if not want_logits and self.feedback is None:
+            return x, None
+        logits = self.head(x)
+        if self.feedback is not None:
+            fed_back = self.feedback(logits.softmax(dim=-1))
+            x = x + (fed_back if gate is None else gate * fed_back)
+        return x, logits
+
+    def propagate(self, x: Tensor, context: FrameContext, states: list[LayerState]) -> None:
+        """Fill the states of skipped layers from the exit's hidden state x (B, T, D)."""
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.propagate(x, context, state)
+
+
+class Encoder(nn.Module):
+    """Conformer/CTC encoder with an exit after every `config.exit_every` layers."""
+
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        num_mels = config.features.num_mels
+        self.register_buffer("feature_mean", torch.zeros(num_mels))
+        self.register_buffer("feature_std", torch.ones(num_mels))
+        self.subsampling = ConvSubsampling(num_mels, config.subsampling_channels, config.d_model, config.subsampling)
+        self.segments = nn.ModuleList(
+            Segment(config, last=index == config.num_exits - 1) for index in range(config.num_exits)
+        )
+        for segment in self.segments:  # start every block near the identity, so that a grown segment disturbs nothing
+            for layer in segment.layers:
+                for projection in (layer.ff_in.down, layer.attention.out, layer.conv.out, layer.ff_out.down):
+                    nn.init.normal_(projection.weight, std=0.02 / (2 * config.num_layers) ** 0.5)
+                    nn.init.zeros_(projection.bias)
+            if segment.feedback is not None:
+                nn.init.zeros_(segment.feedback.weight)
+                nn.init.zeros_(segment.feedback.bias)
+
+    def set_feature_stats(self, mean: Tensor, std: Tensor) -> None:
+        """Store per-bin statistics of the training data, both (num_mels,)."""
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(std)
+
+    def normalise(self, features: Tensor) -> Tensor:
+        """(..., num_mels) log-mel -> zero mean, unit variance by the training statistics."""
+        return (features - self.feature_mean) / self.feature_std
+
+    def forward(
+        self,
+        features: Tensor,
+        feature_lengths: Tensor,
+        *,
+        chunk_frames: int | None,
+        left_frames: int | None = None,
+        num_segments: int | None = None,
+        chunk_depth: Tensor | None = None,
+        fill: str = "propagate",
+    ) -> EncoderOutput:
+        """Offline pass over whole utterances: one call with an empty cache and the chunk mask.
+
+        Args:
+            features: (B, F, num_mels) log-mel. feature_lengths: (B,) valid feature frames.
+            chunk_frames: chunk grid of attention and convolution; None = full context.
+            left_frames: keys visible before the chunk; default from the configuration.
+            num_segments: run only the first segments. chunk_depth: (B, chunks) in 1..num_segments, segments that each
+                chunk runs; deeper layers see what `fill` ("propagate" or "hole") leaves them in serving.
+        """
+        factor = self.config.subsampling
+        padded = -(-features.shape[1] // factor) * factor
+        frame_index = torch.arange(padded, device=features.device)
+        real = (frame_index < feature_lengths[:, None])[:, :, None]
+        x = nn.functional.pad(self.normalise(features), (0, 0, 0, padded - features.shape[1]))
+        x, _ = self.subsampling(x * real)
+        lengths = (feature_lengths + factor - 1) // factor
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        valid = positions < lengths[:, None]
+        left = self.config.left_context_frames if left_frames is None else left_frames
+        depth = None
+        if chunk_depth is not None:
+            if chunk_frames is None:
+                raise ValueError("chunk_depth needs chunk_frames")
+            depth = chunk_depth.repeat_interleave(chunk_frames, dim=1)[:, : x.shape[1], None]
+        cos, sin = rotary(positions, self.config.d_model // self.config.num_heads, x.dtype)
+        logits: list[Tensor] = []
+        mixed: Tensor | None = None
+        for index, segment in enumerate(self.segments[: num_segments or len(self.segments)]):
+            hole = depth is not None and fill == "hole"
+            if index == 0 or hole:
+                keys = torch.where(valid & (depth[..., 0] > index) if hole and depth is not None else valid, positions, -1)
+                mask = additive(visible(positions.expand_as(keys), keys, chunk_frames, left), x.dtype)
+                context = FrameContext(cos, sin, mask, chunk_frames, valid[..., None].to(x.dtype))
+            gate = None if depth is None else (depth > index).to(x.dtype)
+            x, exit_logits = segment(x, context, gate=gate, hole=hole)
+            if depth is None:
+                logits.append(exit_logits)
+            else:
+                mixed = exit_logits if mixed is None else torch.where(depth > index, exit_logits, mixed)
+        return EncoderOutput(logits, lengths, mixed)

@@ -1,0 +1,92 @@
+"""Word error rate, and how sure one can be of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jiwer
+import numpy as np
+
+from asr_exit.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class WordErrors:
+    """Edit counts over a set of utterances."""
+
+    words: int
+    substitutions: int
+    insertions: int
+    deletions: int
+
+    @property
+    def errors(self) -> int:
+        return self.substitutions + self.insertions + self.deletions
+
+    @property
+    def rate(self) -> float:
+        """Errors per reference word; may exceed 1. NaN when there are no reference words."""
+        return self.errors / self.words if self.words else float("nan")
+
+    def __add__(self, other: WordErrors) -> WordErrors:
+        return WordErrors(
+            self.words + other.words,
+            self.substitutions + other.substitutions,
+            self.insertions + other.insertions,
+            self.deletions + other.deletions,
+        )
+
+
+def word_errors(reference: str, hypothesis: str) -> WordErrors:
+    """Edits of one utterance; words are what spaces separate."""
+    reference_words = len(reference.split())
+    if reference_words == 0:
+        return WordErrors(0, 0, len(hypothesis.split()), 0)
+    counts = jiwer.process_words(reference, hypothesis)
+    return WordErrors(reference_words, counts.substitutions, counts.insertions, counts.deletions)
+
+
+def wer(references: Sequence[str], hypotheses: Sequence[str]) -> WordErrors:
+    """Edits of a whole set.
+
+    Raises:
+        ConfigError: the two sequences differ in length.
+    """
+    _check_paired(references, hypotheses)
+    total = WordErrors(0, 0, 0, 0)
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        total += word_errors(reference, hypothesis)
+    return total
+
+
+def bootstrap_interval(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of the word error rate, resampling utterances.
+
+    Returns:
+        (low, high) rates at confidence `level`.
+    Raises:
+        ConfigError: lengths differ, nothing to resample, or `level` outside (0, 1).
+    """
+    _check_paired(references, hypotheses)
+    if not references or not 0.0 < level < 1.0:
+        raise ConfigError("bootstrap needs at least one utterance and a level between 0 and 1")
+    each = [word_errors(reference, hypothesis) for reference, hypothesis in zip(references, hypotheses, strict=True)]
+    errors = np.array([item.errors for item in each], dtype=np.float64)
+    words = np.array([item.words for item in each], dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(each), size=(resamples, len(each)))
+    rates = errors[picks].sum(axis=1) / np.maximum(words[picks].sum(axis=1), 1.0)
+    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _check_paired(references: Sequence[str], hypotheses: Sequence[str]) -> None:
+    if len(references) != len(hypotheses):
+        raise ConfigError(f"{len(references)} references but {len(hypotheses)} hypotheses; give one for each")
