@@ -96,8 +96,3 @@ class ConformerBlock(nn.Module):
     def macs_per_frame(self) -> int:
         """Multiply-accumulates per frame, without attention scores (they depend on the keys visible)."""
         return sum(p.numel() for m in self.modules() if isinstance(m, nn.Linear | nn.Conv1d) for p in [m.weight])
-
-    def propagate_macs(self, frames: int) -> int:
-        """Multiply-accumulates of `propagate` over `frames` frames."""
-        d_model = self.attention.out.weight.shape[0]
-        return 2 * d_model * d_model * (frames + min(frames, max(1, self.conv.halo)))

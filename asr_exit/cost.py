@@ -1,0 +1,67 @@
+"""Multiply-accumulates (MACs) of every part of the encoder: what results report and budgets are kept in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from asr_exit.config import ModelConfig
+from asr_exit.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class SegmentMacs:
+    """Costs of one chunk of T encoder frames; attention counts every ring cell, as the computation does."""
+
+    config: ModelConfig
+    subsampling_per_frame: int
+    layer_per_frame: int  # without attention scores
+    head_per_frame: int
+    feedback_per_frame: int
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> SegmentMacs:
+        """Read the costs off an encoder."""
+        segment = encoder.segments[0]
+        return cls(
+            encoder.config,
+            encoder.subsampling.macs_per_frame(),
+            segment.layers[0].macs_per_frame(),
+            segment.head.out.weight.numel(),
+            0 if segment.feedback is None else segment.feedback.weight.numel(),
+        )
+
+    @cached_property
+    def _window(self) -> int:
+        return self.config.left_context_frames + self.config.max_chunk_frames
+
+    def stem(self, frames: int) -> int:
+        """Subsampling of T frames."""
+        return frames * self.subsampling_per_frame
+
+    def segment(self, index: int, frames: int, with_head: bool) -> int:
+        """One segment over T frames; with self-conditioning the head is always computed."""
+        attention = 2 * self._window * self.config.d_model
+        total = frames * self.config.exit_every * (self.layer_per_frame + attention)
+        feeds_back = self.config.self_conditioning and index < self.config.num_exits - 1
+        if feeds_back:
+            total += frames * self.feedback_per_frame
+        return total + (frames * self.head_per_frame if with_head or feeds_back else 0)
+
+    def propagate(self, frames: int) -> int:
+        """Filling one skipped segment's caches from an exit's hidden state."""
+        halo = max(1, (self.config.conv_kernel - 1) // 2)
+        return self.config.exit_every * 2 * self.config.d_model**2 * (frames + min(frames, halo))
+
+    def to_exit(self, exit_index: int, frames: int, propagate: bool = False) -> int:
+        """Everything that a chunk of T frames costs when it leaves at `exit_index`."""
+        total = self.stem(frames)
+        for index in range(exit_index + 1):
+            total += self.segment(index, frames, with_head=index == exit_index)
+        if propagate:
+            total += (self.config.num_exits - 1 - exit_index) * self.propagate(frames)
+        return total
+
+    def full(self, frames: int) -> int:
+        """Full depth."""
+        return self.to_exit(self.config.num_exits - 1, frames)
