@@ -1,0 +1,1 @@
+"""From LibriSpeech-like folders to a trained early-exit model."""
