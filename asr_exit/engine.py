@@ -1,0 +1,389 @@
+"""The engine: many streams in one batch, each at its own depth.
+
+A step takes at most one chunk per stream and sweeps the segments from shallow to deep. At each segment the batch is
+exactly the streams that go on; those that leave put their chunk into the next segment's inbox (`catch_up`) or have the
+skipped layers filled at once (`propagate`, `hole`). Not thread-safe: one thread owns an engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from asr_exit.budget import Budget, CostModel, DepthBudget
+from asr_exit.cache import CachePool
+from asr_exit.captions import Captions
+from asr_exit.checkpoint import Model
+from asr_exit.ctc import CtcDecoder, GreedyDecoder, PrefixBeamDecoder
+from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
+from asr_exit.evidence import score
+from asr_exit.features import StreamingLogMel
+from asr_exit.policy import Reason
+from asr_exit.stream import Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
+
+
+class Engine:
+    """Runs streams over one model."""
+
+    def __init__(self, model: Model, *, slots: int = 64, device: str | torch.device = "cpu") -> None:
+        """`slots`: most streams open at once. Memory per slot is fixed (caches of every layer)."""
+        self.model, self.config, self.encoder = model, model.config, model.encoder.to(device)
+        self.device = torch.device(device)
+        self.macs = model.macs
+        self.pool = CachePool(self.config, slots, self.encoder.subsampling.tail_shapes(), self.device)
+        self.slots = slots
+        self._streams: dict[int, Stream] = {}  # by slot
+        self._load_cap = self.config.num_exits - 1
+        self._seconds_per_mac: float | None = None
+
+    # -- streams ------------------------------------------------------------------------------------------------------
+
+    def open(self, options: StreamOptions | None = None) -> Stream:
+        """Open a stream.
+
+        Raises:
+            CapacityError: every slot is taken. ConfigError: options that this model or device cannot meet.
+        """
+        options = options or StreamOptions()
+        chunk_frames = self.config.chunk_frames(options.chunk_ms)
+        options.policy.max_exit(self.config.num_exits)
+        budget = DepthBudget(options.budget, self._cost_model(chunk_frames, options.fill, options.budget))
+        slot = self.pool.acquire()
+        if slot is None:
+            raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")
+        decoder: CtcDecoder = (
+            GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)
+        )
+        stream = Stream(
+            slot=slot,
+            options=options,
+            chunk_frames=chunk_frames,
+            features=StreamingLogMel(self.config.features),
+            captions=Captions(decoder, self.model.tokenizer.pieces, self.config.frame_ms),
+            budget=budget,
+            inboxes=[deque() for _ in range(self.config.num_exits)],
+        )
+        self._streams[slot] = stream
+        return stream
+
+    def push(self, stream: Stream, samples: np.ndarray) -> None:
+        """Append (N,) float32 samples at the model's rate, mono, in [-1, 1]; any N, cheap.
+
+        Raises:
+            AudioError: wrong type or shape, NaN or infinite samples. StreamStateError: finished or closed.
+        """
+        if stream.closed or stream.finished:
+            raise StreamStateError("this stream is finished; open another one for more audio")
+        if samples.dtype != np.float32 or samples.ndim != 1:
+            raise AudioError(f"samples must be a 1-D float32 array, got {samples.ndim}-D {samples.dtype}")
+        if not np.isfinite(samples).all():
+            raise AudioError("samples hold NaN or infinite values; send finite samples in [-1, 1]")
+        stream.features.push(samples)
+        stream.samples += len(samples)
+
+    def finish(self, stream: Stream) -> None:
+        """No more audio will come; the next steps flush what is left and end with `end_of_stream`."""
+        if stream.closed:
+            raise StreamStateError("this stream is closed")
+        stream.finished = True
+
+    def close(self, stream: Stream) -> None:
+        """Drop a stream at once; its slot is free when this returns. Closing twice is fine."""
+        if not stream.closed:
+            stream.closed = True
+            del self._streams[stream.slot]
+            self.pool.release(stream.slot)
+            for inbox in stream.inboxes:
+                inbox.clear()
+
+    def set_budget(self, stream: Stream, budget: Budget) -> None:
+        """Change a stream's budget from its next chunk on. Raises ConfigError when it cannot be met."""
+        stream.budget.update(budget, self._cost_model(stream.chunk_frames, stream.options.fill, budget))
+
+    def set_load_ceiling(self, exit_index: int | None) -> None:
+        """Deepest exit that load allows; None = no limit."""
+        deepest = self.config.num_exits - 1
+        self._load_cap = deepest if exit_index is None else max(0, min(exit_index, deepest))
+
+    @property
+    def free_slots(self) -> int:
+        return len(self.pool.free)
+
+    def ready(self) -> int:
+        """Streams that the next step would serve."""
+        return sum(map(self._is_ready, self._streams.values()))
+
+    def _is_ready(self, stream: Stream) -> bool:
+        if stream.ended:
+            return False
+        return stream.finished or stream.features.ready_frames >= stream.chunk_frames * self.config.subsampling
+
+    # -- costs --------------------------------------------------------------------------------------------------------
+
+    def _cost_model(self, chunk_frames: int, fill: Fill, budget: Budget) -> CostModel:
+        costs = tuple(
+            float(self.macs.to_exit(index, chunk_frames, propagate=fill is Fill.PROPAGATE))
+            for index in range(self.config.num_exits)
+        )
+        seconds = chunk_frames * self.config.frame_ms / 1000
+        return CostModel(
+            macs_per_second_to_exit=tuple(cost / seconds for cost in costs),
+            full_macs_per_second=self.macs.full(chunk_frames) / seconds,
+            exit_layers=self.config.exit_layers,
+            seconds_per_mac=None if budget.real_time_factor is None else self.seconds_per_mac(),
+        )
+
+    def seconds_per_mac(self) -> float:
+        """Measured time of one multiply-accumulate at batch 1 on this device: median of a few full-depth chunks."""
+        if self._seconds_per_mac is None:
+            frames, times = self.config.chunk_frames(640), []
+            features = torch.zeros(1, frames * self.config.subsampling, self.config.features.num_mels, device=self.device)
+            lengths = torch.tensor([features.shape[1]], device=self.device)
+            with torch.inference_mode():
+                for _ in range(8):
+                    begin = time.perf_counter()
+                    self.encoder(features, lengths, chunk_frames=frames).logits[-1].cpu()
+                    times.append(time.perf_counter() - begin)
+            self._seconds_per_mac = float(np.median(times[2:])) / self.macs.full(frames)
+        return self._seconds_per_mac
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> StepOutput:
+        """Serve every ready stream one chunk. Streams that fail are closed and reported; the others never notice."""
+        begin = time.perf_counter()
+        served = [stream for stream in self._streams.values() if self._is_ready(stream)]
+        for stream in served:
+            stream.step_macs, stream.current = 0, None
+        self._take_chunks(served)
+        live = [stream for stream in served if stream.current is not None and stream.failure is None]
+        for segment in range(self.config.num_exits):
+            live = [stream for stream in live if stream.failure is None]
+            if not live:
+                break
+            self._run_segment(segment, live)
+            live = [stream for stream in live if stream.failure is None and self._goes_on(stream, segment)]
+        moved = [stream for stream in served if stream.current is not None and stream.failure is None]
+        self._fill_skipped(moved)
+        for stream in moved:
+            assert stream.current is not None
+            stream.captions.add(stream.current)
+        self._drain([s for s in served if s.failure is None and self._wants_drain(s)])
+        results, failures = [], []
+        for stream in served:
+            if stream.failure is not None:
+                failures.append((stream, stream.failure))
+                self.close(stream)
+            else:
+                stream.budget.spend(stream.step_macs, self._audio_seconds(stream))
+                stream.total_macs += stream.step_macs
+                results.append(self._result(stream))
+        return StepOutput(results, failures, 1000 * (time.perf_counter() - begin))
+
+    def _audio_seconds(self, stream: Stream) -> float:
+        return 0.0 if stream.current is None else stream.current.frames * self.config.frame_ms / 1000
+
+    def _take_chunks(self, streams: Iterable[Stream]) -> None:
+        """Move each stream's next chunk through the subsampling to the door of the first segment."""
+        factor = self.config.subsampling
+        groups: dict[int, list[tuple[Stream, np.ndarray]]] = defaultdict(list)
+        for stream in streams:
+            features = stream.features.pull(stream.chunk_frames * factor)
+            if len(features):
+                groups[-(-len(features) // factor)].append((stream, features))
+        for frames, members in groups.items():
+            with _blame([stream for stream, _ in members]):
+                batch = torch.zeros(len(members), frames * factor, self.config.features.num_mels, device=self.device)
+                for row, (_, features) in enumerate(members):
+                    batch[row, : len(features)] = self.encoder.normalise(torch.from_numpy(features).to(self.device))
+                slots = torch.tensor([stream.slot for stream, _ in members], device=self.device)
+                states, tails = self.encoder.subsampling(batch, self.pool.swap_tails(slots))
+                self.pool.swap_tails(slots, tails)
+                for (stream, _), state in zip(members, states, strict=True):
+                    stream.current = Chunk(stream.chunks, stream.next_frame, frames, state)
+                    stream.chunks += 1
+                    stream.next_frame += frames
+                    stream.inboxes[0].append(stream.current)
+                    stream.step_macs += self.macs.stem(frames)
+                    self._set_cap(stream)
+
+    def _set_cap(self, stream: Stream) -> None:
+        """Host-side ceiling for the current chunk, before anything is computed."""
+        assert stream.current is not None
+        frames, deepest = stream.current.frames, self.config.num_exits - 1
+        costs, spent, arriving = [], float(self.macs.stem(frames)), 0
+        for segment in range(self.config.num_exits):
+            arriving += stream.waiting(segment)
+            with_head = self.macs.segment(segment, frames, with_head=True)
+            skipped = (deepest - segment) * self.macs.propagate(frames) if stream.options.fill is Fill.PROPAGATE else 0
+            costs.append(spent + arriving * with_head + skipped)
+            spent += arriving * self.macs.segment(segment, frames, with_head=False)
+        policy_cap = stream.options.policy.max_exit(self.config.num_exits)
+        budget_cap = stream.budget.ceiling(self._audio_seconds(stream), costs)
+        stream.cap = min(policy_cap, budget_cap, self._load_cap)
+        stream.cap_reason = (
+            Reason.FULL if stream.cap == policy_cap else Reason.BUDGET if stream.cap == budget_cap else Reason.LOAD
+        )
+
+    def _run_segment(self, segment: int, streams: list[Stream]) -> None:
+        """Work off the inboxes of one segment, one chunk per stream and round, so that a batch has one shape."""
+        while waiting := [s for s in streams if s.inboxes[segment] and s.failure is None]:
+            groups: dict[tuple[int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
+            for stream in waiting:
+                chunk = stream.inboxes[segment].popleft()
+                groups[chunk.frames, stream.chunk_frames].append((stream, chunk))
+            for (frames, chunk_frames), members in groups.items():
+                with _blame([stream for stream, _ in members]):
+                    self._run_batch(segment, frames, chunk_frames, members)
+
+    def _run_batch(self, segment: int, frames: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
+        slots = np.array([stream.slot for stream, _ in members])
+        before = torch.stack([chunk.state for _, chunk in members])
+        context, states = self.pool.begin(segment, slots, frames, chunk_frames)
+        read = any(stream.options.policy.needs_evidence or segment >= stream.cap for stream, _ in members)
+        after, logits = self.encoder.segments[segment](before, context, states, want_logits=read)
+        cost = self.macs.segment(segment, frames, with_head=read)
+        scores = None
+        if read:
+            beams = any(stream.options.decoder == "beam" for stream, _ in members)
+            previous = [None if chunk.scores is None else chunk.scores.frames.ids for _, chunk in members]
+            scores = score(logits, before, after, previous, beams)
+        for row, (stream, chunk) in enumerate(members):
+            chunk.state, chunk.exit_index = after[row], segment
+            stream.step_macs += cost
+            if scores is not None:
+                chunk.scores = scores[row]
+                if not np.isfinite(scores[row].frames.max_log_prob).all():
+                    stream.failure = EngineError(f"the encoder returned values that are not finite at exit {segment}")
+            if segment >= self._target(stream):
+                chunk.settled = True
+            if segment < stream.options.policy.max_exit(self.config.num_exits):
+                stream.inboxes[segment + 1].append(chunk)
+
+    def _target(self, stream: Stream) -> int:
+        """Exit after which a chunk's text cannot be revised any more."""
+        deepest = stream.options.policy.max_exit(self.config.num_exits)
+        return min(deepest, stream.budget.max_exit_index(self.config.num_exits))
+
+    def _goes_on(self, stream: Stream, segment: int) -> bool:
+        """Whether the current chunk enters the next segment; records the reason if not."""
+        assert stream.current is not None
+        if segment >= stream.cap:
+            stream.reason = stream.cap_reason
+            return False
+        policy = stream.options.policy
+        evidence = None
+        if policy.needs_evidence:
+            assert stream.current.scores is not None
+            evidence = stream.current.scores.evidence
+        backlog_full = stream.waiting(segment + 1) > stream.options.catch_up_cap_chunks
+        if policy.stop(segment, evidence) and not backlog_full:
+            stream.reason = Reason.CONFIDENT
+            return False
+        return True
+
+    # -- layers that a chunk skipped ----------------------------------------------------------------------------------
+
+    def _fill_skipped(self, streams: list[Stream]) -> None:
+        """Settle what waits at the doors of skipped segments, by each stream's fill."""
+        for segment in range(1, self.config.num_exits):
+            groups: dict[tuple[bool, int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
+            for stream in streams:
+                limit = stream.options.catch_up_cap_chunks if stream.options.fill is Fill.CATCH_UP else 0
+                while stream.waiting(segment) > limit:
+                    chunk = stream.inboxes[segment].popleft()
+                    chunk.settled = True
+                    propagates = stream.options.fill is Fill.PROPAGATE
+                    groups[propagates, chunk.frames, stream.chunk_frames].append((stream, chunk))
+            for (propagates, frames, chunk_frames), members in groups.items():
+                with _blame([stream for stream, _ in members]):
+                    slots = np.array([stream.slot for stream, _ in members])
+                    if propagates:
+                        context, states = self.pool.begin(segment, slots, frames, chunk_frames)
+                        state = torch.stack([chunk.state for _, chunk in members])
+                        self.encoder.segments[segment].propagate(state, context, states)
+                    else:
+                        self.pool.leave_hole(segment, slots, frames)
+                for stream, chunk in members:
+                    stream.step_macs += self.macs.propagate(frames) if propagates else 0
+                    if segment < stream.options.policy.max_exit(self.config.num_exits):
+                        stream.inboxes[segment + 1].append(chunk)
+
+    def _wants_drain(self, stream: Stream) -> bool:
+        """Whether a final is due whose text deeper exits would still revise, and the budget lets them."""
+        if stream.options.fill is not Fill.CATCH_UP or stream.budget.has_target or not stream.captions.revisable:
+            return False
+        return self._is_over(stream) or self._endpoint(stream)
+
+    def _drain(self, streams: list[Stream]) -> None:
+        """Bring everything that waits to each stream's deepest exit."""
+        for stream in streams:
+            stream.cap = self._target(stream)
+        for segment in range(1, self.config.num_exits):
+            self._run_segment(segment, [s for s in streams if segment <= s.cap and s.failure is None])
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    def _is_over(self, stream: Stream) -> bool:
+        return stream.finished and stream.features.ready_frames == 0
+
+    def _endpoint(self, stream: Stream) -> bool:
+        limit = stream.options.endpoint_silence_ms
+        return limit > 0 and stream.captions.silence_ms() >= limit
+
+    def _result(self, stream: Stream) -> ChunkResult:
+        captions, options, over = stream.captions, stream.options, self._is_over(stream)
+        final = None
+        if over or self._endpoint(stream):
+            final = captions.take_final()
+        elif captions.utterance_ms() > options.max_utterance_ms:
+            final = captions.take_all_but_last_word()
+        caption = final or captions.caption()
+        chunk = stream.current
+        end_ms = stream.samples / self.config.features.sample_rate_hertz * 1000
+        start_ms = stream.next_frame * self.config.frame_ms
+        if chunk is not None:
+            start_ms = chunk.start_frame * self.config.frame_ms
+            end_ms = end_ms if over else start_ms + chunk.frames * self.config.frame_ms
+        stream.ended = over
+        exit_index = stream.cap if chunk is None else chunk.exit_index
+        return ChunkResult(
+            stream=stream,
+            chunk_index=stream.chunks - 1 if chunk is None else chunk.index,
+            chunk_ms=max(0.0, end_ms - start_ms),
+            start_ms=min(start_ms, end_ms),
+            end_ms=end_ms,
+            exit_layer=self.config.exit_layers[exit_index],
+            reason=Reason.FINAL if chunk is None else stream.reason,
+            encoder_macs=stream.step_macs,
+            committed=caption.committed,
+            tail=caption.tail,
+            words=caption.words,
+            is_final=final is not None,
+            end_of_stream=over,
+            stability=1.0 if final is not None else caption.confidence,
+        )
+
+
+class _blame:
+    """Context that turns an exception of a batch into the failure of that batch's streams."""
+
+    def __init__(self, streams: list[Stream]) -> None:
+        self._streams = streams
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        for stream in self._streams:
+            failure = EngineError(f"computation failed: {error}")
+            failure.__cause__ = error
+            stream.failure = failure
+        return True

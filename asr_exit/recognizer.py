@@ -1,0 +1,110 @@
+"""Recognition of whole recordings, in streaming chunks or in one offline pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from asr_exit.checkpoint import Model
+from asr_exit.ctc import FrameScores, GreedyDecoder, PrefixBeamDecoder, Word, text_from_words, words_from_tokens
+from asr_exit.engine import Engine
+from asr_exit.errors import AudioError
+from asr_exit.features import log_mel
+from asr_exit.stream import ChunkResult, StreamOptions
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What was said, and what it cost."""
+
+    text: str
+    words: tuple[Word, ...]
+    chunks: tuple[ChunkResult, ...]  # empty for an offline pass
+    encoder_macs: int
+    full_macs: int  # of the same audio at full depth
+    audio_seconds: float
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """Mean over the chunks; 0 when there are none."""
+        layers = [chunk.exit_layer for chunk in self.chunks if chunk.chunk_ms > 0]
+        return sum(layers) / len(layers) if layers else 0.0
+
+
+class Recognizer:
+    """Transcribes recordings one at a time; use `Engine` for many streams at once."""
+
+    def __init__(self, model: Model, options: StreamOptions | None = None, device: str | torch.device = "cpu") -> None:
+        self.model, self.options = model, options or StreamOptions()
+        self._engine = Engine(model, slots=1, device=device)
+
+    def transcribe(self, samples: np.ndarray) -> Transcript:
+        """Stream (N,) float32 samples at the model's rate through the engine, chunk by chunk.
+
+        Raises:
+            AudioError: samples of the wrong type or not finite. EngineError: computation failed.
+        """
+        engine = self._engine
+        stream = engine.open(self.options)
+        finals: list[ChunkResult] = []
+        chunks: list[ChunkResult] = []
+        try:
+            engine.push(stream, samples)
+            engine.finish(stream)
+            while not stream.ended:
+                output = engine.step()
+                for _, error in output.failures:
+                    raise error
+                chunks += output.results
+            finals = [result for result in chunks if result.is_final]
+        finally:
+            engine.close(stream)
+        frames = stream.next_frame
+        return Transcript(
+            text=" ".join(result.committed for result in finals if result.committed),
+            words=tuple(word for result in finals for word in result.words),
+            chunks=tuple(chunks),
+            encoder_macs=stream.total_macs,
+            full_macs=engine.macs.full(frames),
+            audio_seconds=len(samples) / self.model.config.features.sample_rate_hertz,
+        )
+
+    @torch.inference_mode()
+    def log_posteriors(self, samples: np.ndarray, chunk_ms: float | None) -> list[np.ndarray]:
+        """Log-posteriors of every exit in one pass over the whole recording.
+
+        Args:
+            chunk_ms: chunk grid of the mask (equals streaming in chunks of that length); None = full context.
+        Returns:
+            Per exit (T, V) float32.
+        """
+        if samples.dtype != np.float32 or samples.ndim != 1 or not np.isfinite(samples).all():
+            raise AudioError("samples must be a 1-D float32 array of finite values")
+        config, encoder = self.model.config, self.model.encoder
+        features = torch.from_numpy(log_mel(samples, config.features))[None].to(encoder.feature_mean.device)
+        if features.shape[1] == 0:
+            return [np.zeros((0, config.vocab_size), np.float32)] * config.num_exits
+        lengths = torch.tensor([features.shape[1]], device=features.device)
+        chunk_frames = None if chunk_ms is None else config.chunk_frames(chunk_ms)
+        output = encoder(features, lengths, chunk_frames=chunk_frames)
+        return [logits[0].float().log_softmax(dim=-1).cpu().numpy() for logits in output.logits]
+
+    def transcribe_offline(self, samples: np.ndarray, chunk_ms: float | None = None) -> Transcript:
+        """One pass over the whole recording, read at the policy's deepest exit; `chunk_ms` as in `log_posteriors`."""
+        config, options = self.model.config, self.options
+        exit_index = options.policy.max_exit(config.num_exits)
+        log_probs = self.log_posteriors(samples, chunk_ms)[exit_index]
+        decoder = GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)
+        frames = FrameScores(log_probs.argmax(axis=-1), log_probs.max(axis=-1, initial=-np.inf), log_probs)
+        state = decoder.advance(decoder.initial(), frames)
+        words = words_from_tokens(state.tokens(), self.model.tokenizer.pieces, config.frame_ms)
+        return Transcript(
+            text=text_from_words(words),
+            words=words,
+            chunks=(),
+            encoder_macs=self._engine.macs.to_exit(exit_index, len(log_probs)),
+            full_macs=self._engine.macs.full(len(log_probs)),
+            audio_seconds=len(samples) / config.features.sample_rate_hertz,
+        )
