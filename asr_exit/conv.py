@@ -27,6 +27,7 @@ class ConvSubsampling(nn.Module):
         for stage in range(stages):
             self.convs.append(nn.Conv2d(self.channels[stage], channels, 3, stride=2, padding=(0, 1)))
             self.bands.append((self.bands[-1] + 1) // 2)
+        self.convs.to(memory_format=torch.channels_last)  # several times faster on CPUs, and the closing view is free
         self.out = nn.Linear(channels * self.bands[-1], d_model)
 
     def tail_shapes(self) -> list[tuple[int, int]]:
@@ -42,13 +43,14 @@ class ConvSubsampling(nn.Module):
         Returns:
             (B, T, D) and the new tails.
         """
-        x = features[:, None]
+        x = features[:, None].contiguous(memory_format=torch.channels_last)
         new_tails = []
         for stage, conv in enumerate(self.convs):
-            tail = x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]) if tails is None else tails[stage]
+            tail = x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]) if tails is None else tails[stage].to(x.dtype)
             new_tails.append(x[:, :, -1:])
-            x = F.relu(conv(torch.cat((tail.to(x.dtype), x), dim=2)))
-        return self.out(x.permute(0, 2, 1, 3).flatten(2)), new_tails
+            x = torch.cat((tail.contiguous(memory_format=torch.channels_last), x), dim=2)
+            x = F.relu_(conv(x))
+        return self.out(x.permute(0, 2, 3, 1).flatten(2)), new_tails
 
     def macs_per_frame(self) -> int:
         """Multiply-accumulates per output frame."""
