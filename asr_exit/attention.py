@@ -94,7 +94,11 @@ class SelfAttention(nn.Module):
         if store is not None:
             k, v = store.update(k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask)
+        if torch.is_grad_enabled() and not q.is_cuda:  # the CPU's fused backward is 4 times slower than the plain one
+            scores = torch.matmul(q * self.head_dim**-0.5, k.transpose(-1, -2))
+            y = torch.matmul((scores if context.mask is None else scores + context.mask).softmax(dim=-1), v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask)
         return self.out(y.transpose(1, 2).reshape(batch, frames, -1))
 
     def store_only(self, x: Tensor, context: FrameContext, store: KeyValueStore) -> None:

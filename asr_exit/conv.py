@@ -5,6 +5,9 @@ Shapes: B batch, T frames, D model dimension, C frames of a chunk, h halo frames
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,6 +64,50 @@ class ConvSubsampling(nn.Module):
         return total + self.out.weight.numel()
 
 
+class _ShiftedDepthwise(torch.autograd.Function):
+    """`ChunkConv`'s depthwise convolution as one multiply-add per tap, on (B, T, D) as it lies in memory.
+
+    For training on a CPU, where the backward pass of a grouped convolution over many short chunks is 5 to 10 times slower.
+    """
+
+    @staticmethod
+    def _pairs(padded: Tensor, out: Tensor, halo: int, chunk: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(tap, input view, output view) for every tap; views of equal shape (B, ..., D)."""
+        batch, total, d_model = out.shape
+        inside = padded[:, halo:].unflatten(1, (total // chunk, chunk))
+        by_chunk = out.view(batch, total // chunk, chunk, d_model)
+        for tap in range(2 * halo + 1):
+            ahead = tap - halo
+            if ahead <= 0:
+                yield tap, padded[:, tap : tap + total], out
+            elif ahead < chunk:
+                yield tap, inside[:, :, ahead:], by_chunk[:, :, : chunk - ahead]
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor, chunk: int) -> Tensor:
+        """padded (B, h + T, D) with T a multiple of `chunk`; weight (K, D); bias (D,) -> (B, T, D)."""
+        halo = weight.shape[0] // 2
+        out = bias.expand(padded.shape[0], padded.shape[1] - halo, -1).contiguous()
+        for tap, source, target in _ShiftedDepthwise._pairs(padded, out, halo, chunk):
+            target.addcmul_(source, weight[tap])
+        ctx.save_for_backward(padded, weight)
+        ctx.chunk = chunk
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        padded, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        halo = weight.shape[0] // 2
+        grad_padded, grad_weight = torch.zeros_like(padded), torch.zeros_like(weight)
+        sources = _ShiftedDepthwise._pairs(padded, grad, halo, ctx.chunk)
+        targets = _ShiftedDepthwise._pairs(grad_padded, grad, halo, ctx.chunk)
+        for (tap, source, part), (_, grad_source, _) in zip(sources, targets, strict=True):
+            grad_source.addcmul_(part, weight[tap])
+            grad_weight[tap] = (source * part).flatten(0, -2).sum(dim=0)
+        return grad_padded, grad_weight, grad.flatten(0, 1).sum(dim=0), None
+
+
 class ChunkConv(nn.Module):
     """Depthwise convolution that looks back into earlier chunks but never past the end of its own chunk.
 
@@ -98,6 +145,10 @@ class ChunkConv(nn.Module):
             left = gated.new_zeros(batch, halo, d_model)
         x = torch.cat((left.to(gated.dtype), gated), dim=1)
         x = F.pad(x, (0, 0, 0, chunks * chunk - frames))
+        if torch.is_grad_enabled():
+            taps, bias = self.depthwise.weight[:, 0].t().to(x.dtype), self.depthwise.bias.to(x.dtype)
+            y = _ShiftedDepthwise.apply(x, taps, bias, chunk)[:, :frames]
+            return self.out(F.silu(self.norm(y)))
         if chunks > 1:  # (B, n, D, h + C): every chunk with the frames before it, and nothing after it
             x = x.unfold(1, halo + chunk, chunk).reshape(batch * chunks, d_model, halo + chunk)
         else:
