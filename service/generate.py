@@ -1,7 +1,7 @@
-"""Regenerates ``service/pb`` from ``proto/``: ``python -m service.generate [--check]``.
+"""Regenerates `service/pb` from `proto/`: `python -m service.generate [--check]`.
 
-The stubs are flat modules (``service.pb.speech_pb2``): the proto package ``asr_exit.v1`` would otherwise put a second
-``asr_exit`` on the import path. Use grpcio-tools 1.76.0; newer ones write stubs that need a newer protobuf runtime.
+The stubs are flat modules (`service.pb.speech_pb2`): the proto package `asr_exit.v1` would otherwise put a second
+`asr_exit` on the import path. Use grpcio-tools 1.76.0; newer ones write stubs that need a newer protobuf runtime.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def generate() -> dict[str, str]:
 
 
 def stale(stubs: dict[str, str]) -> list[str]:
-    """Returns the names of committed stubs that differ from ``stubs``, are missing or have no proto file any more."""
+    """Returns the names of committed stubs that differ from `stubs`, are missing or have no proto file any more."""
     committed = {path.name: path.read_text(encoding="utf-8") for path in STUB_DIR.glob("*_pb2*.py*")}
     return sorted(name for name in stubs.keys() | committed.keys() if stubs.get(name) != committed.get(name))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the stubs, or with ``--check`` only says which are out of date (exit status 1 if any)."""
+    """Writes the stubs, or with `--check` only says which are out of date (exit status 1 if any)."""
     parser = argparse.ArgumentParser(prog="python -m service.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a committed stub is out of date")
     arguments = parser.parse_args(argv)

@@ -1,0 +1,67 @@
+"""Options that several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asr_exit.checkpoint import Model
+    from asr_exit.stream import StreamOptions
+
+
+def add_recognition_options(parser: argparse.ArgumentParser, *, chunk_ms: int | None) -> None:
+    """--chunk-ms, --policy, --budget, --fill."""
+    shown = "the server's" if chunk_ms is None else str(chunk_ms)
+    parser.add_argument(
+        "--chunk-ms", type=int, choices=(160, 320, 640, 1280), help=f"audio per chunk (default: {shown})"
+    )
+    parser.add_argument(
+        "--policy", default="", metavar="P", help="full, exit:LAYER, posterior[:THRESHOLD] or entropy[:THRESHOLD]"
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="B",
+        help="most to spend: 0.5 (of full depth, on average), macs=2e8 (a second of audio), rtf=0.05, max_exit=6; "
+        "joined by commas",
+    )
+    parser.add_argument(
+        "--fill", default="", metavar="F", help="what skipped layers get: catch_up (default), propagate or hole"
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --device, --threads."""
+    parser.add_argument("--model", metavar="FILE", help="model file (default: the bundled one)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[Model, str]:
+    """Loads the model the options ask for, limits torch's threads, and returns it with its device."""
+    import torch
+
+    from asr_exit.checkpoint import load
+    from asr_exit.config import require
+    from service.device import pick_device
+
+    require(arguments.threads >= 1, f"--threads {arguments.threads} must be at least 1")
+    torch.set_num_threads(arguments.threads)
+    device = pick_device(arguments.device)
+    return load(arguments.model, device), device
+
+
+def stream_options(arguments: argparse.Namespace, model: Model) -> StreamOptions:
+    """The engine's options from --chunk-ms, --policy, --budget and --fill. Raises ConfigError."""
+    from asr_exit.budget import Budget
+    from asr_exit.policy import parse_policy
+    from asr_exit.stream import Fill, StreamOptions
+
+    return StreamOptions(
+        chunk_ms=arguments.chunk_ms or StreamOptions.chunk_ms,
+        policy=parse_policy(
+            arguments.policy or "full", exit_layers=model.config.exit_layers, calibration=model.calibration
+        ),
+        budget=Budget.parse(arguments.budget) if arguments.budget else Budget(),
+        fill=Fill.parse(arguments.fill or "catch_up"),
+    )

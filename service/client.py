@@ -1,0 +1,246 @@
+"""Clients of asr_exit.v1.Speech, plain and asyncio. Neither imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import grpc
+
+from asr_exit.audio import Encoding
+from asr_exit.budget import Budget
+from service.pb import speech_pb2 as pb
+from service.pb import speech_pb2_grpc
+
+Part = bytes | Budget  # audio, or a new budget from here on
+_ENCODINGS = {"linear16": pb.StreamingConfig.LINEAR16, "float32": pb.StreamingConfig.FLOAT32}
+_OPTIONS = [("grpc.max_send_message_length", -1)]
+
+
+class ServiceError(Exception):
+    """The server ended a call: `code` is the name of the gRPC status, the message says what to change."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDepth:
+    """Depth and cost of one chunk of audio. Times are milliseconds from the start of the stream."""
+
+    index: int
+    start_ms: float
+    end_ms: float
+    exit_layer: int
+    decision: str  # confident, budget, load, full, final
+    encoder_macs: int
+    latency_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionWord:
+    """One word with its times from the start of the stream."""
+
+    text: str
+    start_ms: float
+    end_ms: float
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """One result: a final one stays, an interim one replaces the interim one before."""
+
+    text: str
+    committed: str  # the part of `text` that is settled
+    is_final: bool
+    stability: float
+    confidence: float
+    end_ms: float  # audio processed so far
+    latency_ms: float
+    words: tuple[CaptionWord, ...]
+    chunks: tuple[ChunkDepth, ...]  # since the caption before
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What to ask for; empty and zero take the server's defaults."""
+
+    rate_hz: int = 16_000
+    encoding: Encoding = "linear16"
+    interim_results: bool = True
+    word_times: bool = False
+    chunk_ms: int = 0
+    policy: str = ""
+    fill: str = ""
+    budget: Budget = field(default_factory=Budget)
+    model: str = ""
+
+    def message(self) -> pb.StreamingRecognizeRequest:
+        """The first message of a stream."""
+        config = pb.StreamingConfig(
+            encoding=_ENCODINGS[self.encoding],
+            sample_rate_hertz=self.rate_hz,
+            interim_results=self.interim_results,
+            enable_word_time_offsets=self.word_times,
+            chunk_ms=self.chunk_ms,
+            policy=self.policy,
+            fill=self.fill,
+            compute_budget=budget_message(self.budget),
+            model=self.model,
+        )
+        return pb.StreamingRecognizeRequest(streaming_config=config)
+
+
+class SpeechClient:
+    """Blocking client; a context manager. One client may run many streams."""
+
+    def __init__(self, address: str) -> None:
+        """`address` is HOST:PORT. Connects with the first call."""
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._stub = speech_pb2_grpc.SpeechStub(self._channel)
+
+    def __enter__(self) -> SpeechClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all calls and the connection."""
+        self._channel.close()
+
+    def model(self, timeout_s: float = 10.0) -> pb.Model:
+        """What the server runs. Raises ServiceError."""
+        try:
+            return self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _service_error(error) from None
+
+    def stream(self, audio: Iterable[Part], settings: StreamSettings | None = None) -> Iterator[Caption]:
+        """Sends `audio` (consumed on another thread) and yields captions as they come.
+
+        Raises ServiceError when the server ends the call, and whatever iterating over `audio` raised. Leaving the
+        iteration early cancels the call.
+        """
+        failures: list[BaseException] = []
+        first = (settings or StreamSettings()).message()
+
+        def requests() -> Iterator[pb.StreamingRecognizeRequest]:
+            yield first
+            try:
+                for part in audio:
+                    yield part_message(part)
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+        call = self._stub.StreamingRecognize(requests())
+        try:
+            for response in call:
+                yield from captions(response)
+        except grpc.RpcError as error:
+            if failures:
+                raise failures[0] from None
+            raise _service_error(error) from None
+        finally:
+            call.cancel()
+
+
+class AsyncSpeechClient:
+    """The same for asyncio; an async context manager."""
+
+    def __init__(self, address: str) -> None:
+        """`address` is HOST:PORT. Connects with the first call."""
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._stub = speech_pb2_grpc.SpeechStub(self._channel)
+
+    async def __aenter__(self) -> AsyncSpeechClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def stream(
+        self, audio: AsyncIterable[Part], settings: StreamSettings | None = None
+    ) -> AsyncIterator[Caption]:
+        """Sends `audio` and yields captions as they come; raises ServiceError when the server ends the call."""
+        first = (settings or StreamSettings()).message()
+
+        async def requests() -> AsyncIterator[pb.StreamingRecognizeRequest]:
+            yield first
+            async for part in audio:
+                yield part_message(part)
+
+        call = self._stub.StreamingRecognize(requests())
+        try:
+            async for response in call:
+                for caption in captions(response):
+                    yield caption
+        except grpc.RpcError as error:
+            raise _service_error(error) from None
+        finally:
+            call.cancel()
+
+
+def budget_message(budget: Budget) -> pb.ComputeBudget:
+    """A budget on the wire; fields that are None stay unset."""
+    return pb.ComputeBudget(
+        mean_depth=budget.mean_depth,
+        encoder_macs_per_second=budget.encoder_macs_per_second,
+        real_time_factor=budget.real_time_factor,
+        max_exit_layer=budget.max_exit_layer or 0,
+    )
+
+
+def part_message(part: Part) -> pb.StreamingRecognizeRequest:
+    """Audio or a change of budget on the wire."""
+    if isinstance(part, Budget):
+        return pb.StreamingRecognizeRequest(control=pb.StreamControl(compute_budget=budget_message(part)))
+    return pb.StreamingRecognizeRequest(audio_content=part)
+
+
+def captions(response: pb.StreamingRecognizeResponse) -> Iterator[Caption]:
+    """The results of one response."""
+    for result in response.results:
+        best = result.alternatives[0] if result.alternatives else pb.SpeechRecognitionAlternative()
+        yield Caption(
+            text=best.transcript.strip(),
+            committed=best.transcript[: result.committed_characters].strip(),
+            is_final=result.is_final,
+            stability=result.stability,
+            confidence=best.confidence,
+            end_ms=_ms(result.result_end_offset),
+            latency_ms=_ms(result.chunk_latency),
+            words=tuple(
+                CaptionWord(word.word, _ms(word.start_offset), _ms(word.end_offset), word.confidence)
+                for word in best.words
+            ),
+            chunks=tuple(
+                ChunkDepth(
+                    index=chunk.index,
+                    start_ms=_ms(chunk.start_offset),
+                    end_ms=_ms(chunk.end_offset),
+                    exit_layer=chunk.exit_layer,
+                    decision=pb.ChunkReport.Decision.Name(chunk.decision).lower(),
+                    encoder_macs=chunk.encoder_macs,
+                    latency_ms=_ms(chunk.latency),
+                )
+                for chunk in result.chunks
+            ),
+        )
+
+
+def _ms(value: object) -> float:
+    return value.seconds * 1000 + value.nanos / 1e6  # type: ignore[attr-defined]
+
+
+def _service_error(error: grpc.RpcError) -> ServiceError:
+    return ServiceError(error.code().name, error.details() or "no details")

@@ -1,0 +1,19 @@
+"""Which device to run on. A device that was asked for is never replaced in silence."""
+
+from __future__ import annotations
+
+from asr_exit.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def pick_device(name: str) -> str:
+    """Resolves "auto" to "cuda" where torch finds one, else "cpu". Raises ConfigError when "cuda" is not there."""
+    import torch
+
+    if name not in DEVICES:
+        raise ConfigError(f"unknown device {name!r}: use {', '.join(DEVICES)}")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("device cuda was asked for, but torch finds no CUDA device: use --device cpu or auto")
+    return "cuda" if name == "cuda" or (name == "auto" and available) else "cpu"

@@ -1,0 +1,37 @@
+"""How failures look on the wire: one status code and one message that says what to change."""
+
+from __future__ import annotations
+
+import grpc
+
+from asr_exit.errors import AudioError, CapacityError, ConfigError, StreamStateError
+
+
+class StreamError(Exception):
+    """Ends one stream with a gRPC status; other streams are not affected."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+def invalid(message: str) -> StreamError:
+    """Returns the error for a request the client has to change."""
+    return StreamError(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+def to_stream_error(error: BaseException) -> StreamError:
+    """Maps any exception to the status the client sees. Unknown ones become INTERNAL without their details."""
+    if isinstance(error, StreamError):
+        return error
+    if isinstance(error, ConfigError | AudioError):
+        return invalid(str(error))
+    if isinstance(error, CapacityError):
+        return StreamError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error} (all stream slots are taken: try again later)")
+    if isinstance(error, StreamStateError):
+        return StreamError(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+    return StreamError(
+        grpc.StatusCode.INTERNAL,
+        f"recognition failed for this stream ({type(error).__name__}); other streams go on. Open a new stream.",
+    )

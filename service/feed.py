@@ -1,0 +1,114 @@
+"""One stream as the engine thread sees it: commands in, events out, and when its audio arrived."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from service.audio_input import AudioInput
+
+if TYPE_CHECKING:
+    from asr_exit.audio import Encoding
+    from asr_exit.budget import Budget
+    from asr_exit.stream import ChunkResult, Stream, StreamOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Take a slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audio:
+    """Bytes of the stream, in order."""
+
+    data: bytes
+    arrived_at: float  # seconds on the engine thread's clock
+
+
+@dataclass(frozen=True, slots=True)
+class SetBudget:
+    """Replace the compute budget from the next chunk on."""
+
+    budget: Budget
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """No more audio: flush."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Give the slot back now; what is not recognised yet is dropped."""
+
+
+Command = Open | Audio | SetBudget | Finish | Close
+
+
+class Listener(Protocol):
+    """Where a stream's events go; called on the event loop, in order."""
+
+    def on_opened(self) -> None:
+        """A slot was taken."""
+
+    def on_consumed(self, commands: int) -> None:
+        """So many commands were carried out."""
+
+    def on_result(self, result: ChunkResult, latency_ms: float) -> None:
+        """A chunk was recognised."""
+
+    def on_failed(self, error: BaseException) -> None:
+        """The stream is closed; nothing follows."""
+
+
+class Feed:
+    """Belongs to the engine thread, except `commands`, which its lock guards, and `abandoned`."""
+
+    def __init__(self, options: StreamOptions, encoding: Encoding, rate_hz: int, listener: Listener) -> None:
+        """Raises AudioError for a rate outside 8000..48000 Hz."""
+        self.options = options
+        self.input = AudioInput(encoding, rate_hz)
+        self.listener = listener
+        self.commands: list[Command] = []
+        self.abandoned = False  # set by the event loop: do not spend time on audio that is still queued
+        self.stream: Stream | None = None
+        self.closed = False
+        self.pace = Pace()
+
+
+class Pace:
+    """When the audio of one stream arrived, and by when its chunks are due at real-time pace. Seconds throughout."""
+
+    def __init__(self) -> None:
+        self._arrivals: deque[tuple[float, float]] = deque()  # (position reached, when)
+        self._position = 0.0
+        self._last_arrival = 0.0
+        self._last_due = float("-inf")
+        self._last_chunk_end = 0.0
+
+    def arrived(self, audio_s: float, now: float) -> None:
+        """`audio_s` more of audio arrived at `now`."""
+        if audio_s <= 0:
+            return
+        self._position += audio_s
+        self._last_arrival = now
+        self._arrivals.append((self._position, now))
+
+    def chunk_done(self, end_s: float, lookahead_s: float, now: float) -> tuple[float, float]:
+        """Returns how long ago the last sample of the chunk ending at `end_s` arrived, and how late its result is.
+
+        Late means: behind a listener who follows at real-time pace. A client that sends faster than real time is not
+        kept waiting by what it has queued itself, so that does not count.
+        """
+        latency = now - self._arrival_of(end_s)
+        due = max(self._arrival_of(end_s + lookahead_s), self._last_due + end_s - self._last_chunk_end)
+        self._last_due, self._last_chunk_end = due, end_s
+        while len(self._arrivals) > 1 and self._arrivals[0][0] < end_s:
+            self._arrivals.popleft()
+        return max(0.0, latency), max(0.0, now - due)
+
+    def _arrival_of(self, position_s: float) -> float:
+        slack = 1e-4  # the resampler rounds
+        return next((when for reached, when in self._arrivals if reached + slack >= position_s), self._last_arrival)

@@ -1,0 +1,98 @@
+"""Results on their way to a client that may read slowly: bounded, interim ones coalesced, final ones kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asr_exit.policy import Reason
+    from asr_exit.stream import ChunkResult
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRecord:
+    """Depth and cost of one chunk; kept when the result it came with is not."""
+
+    index: int
+    start_ms: float
+    end_ms: float
+    exit_layer: int
+    reason: Reason
+    encoder_macs: int
+    latency_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One result for the client, with the chunks since the one before."""
+
+    result: ChunkResult
+    chunks: tuple[ChunkRecord, ...]
+
+    @property
+    def lasting(self) -> bool:
+        """True for what must reach the client; the rest is replaced by what comes after it."""
+        return self.result.is_final or self.result.end_of_stream
+
+
+class Outbox:
+    """Belongs to the event loop. An unread interim result gives way to the next one, which takes over its chunks."""
+
+    def __init__(self, *, interim_results: bool, unread_chunks: int, on_read: Callable[[], None]) -> None:
+        """`on_read` is called whenever the client took something out."""
+        self._interim_results = interim_results
+        self._unread_chunks = unread_chunks
+        self._on_read = on_read
+        self._updates: deque[Update] = deque()
+        self._unreported: tuple[ChunkRecord, ...] = ()
+        self._closed = False
+        self._error: BaseException | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def crowded(self) -> bool:
+        """True when the client left so much unread that its audio should not be read on."""
+        return sum(len(update.chunks) for update in self._updates) >= self._unread_chunks
+
+    def put(self, result: ChunkResult, latency_ms: float) -> None:
+        """Adds a result. Never blocks, never drops a final result or a chunk's record."""
+        record = ChunkRecord(
+            index=result.chunk_index,
+            start_ms=result.start_ms,
+            end_ms=result.end_ms,
+            exit_layer=result.exit_layer,
+            reason=result.reason,
+            encoder_macs=result.encoder_macs,
+            latency_ms=latency_ms,
+        )
+        self._unreported += (record,)
+        if not (self._interim_results or result.is_final or result.end_of_stream):
+            return
+        if self._updates and not self._updates[-1].lasting:
+            self._unreported = self._updates.pop().chunks + self._unreported
+        self._updates.append(Update(result, self._unreported))
+        self._unreported = ()
+        self._changed.set()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the stream of results, after those still unread. Only the first call counts."""
+        if not self._closed:
+            self._closed, self._error = True, error
+            self._changed.set()
+
+    async def get(self) -> Update | None:
+        """Returns the next result, or None at the end; raises the error the stream ended with."""
+        while not self._updates:
+            if self._error is not None:
+                raise self._error
+            if self._closed:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        update = self._updates.popleft()
+        self._on_read()
+        return update

@@ -1,0 +1,155 @@
+"""Assembles the server: model, engine thread, RPCs, health, reflection; starts it, drains it, stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from asr_exit.engine import Engine
+from asr_exit.errors import ConfigError
+from asr_exit.load import LoadController
+from asr_exit.stream import StreamOptions
+from service import wire
+from service.device import pick_device
+from service.engine_thread import EngineThread, Event
+from service.load import LoadMonitor
+from service.pb import speech_pb2 as pb
+from service.pb import speech_pb2_grpc
+from service.servicer import SpeechServicer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from asr_exit.checkpoint import Model
+    from service.config import ServeConfig
+
+log = logging.getLogger(__name__)
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Speech"].full_name
+_CHUNK_CHOICES_MS = (160, 320, 640, 1280)
+_TRANSPORT_LIMIT_BYTES = (
+    16 << 20
+)  # larger messages are refused by gRPC itself; smaller oversized ones with our own words
+_CANCEL_GRACE_S = 1.0
+
+
+class SpeechServer:
+    """One served model. Everything but the engine thread runs on the event loop that `start` is called on."""
+
+    def __init__(self, model: Model, config: ServeConfig, engine: Engine | None = None) -> None:
+        """Raises ConfigError when the stream defaults do not fit the model, or the device is not there.
+
+        `engine` is made from the configuration unless one is given; it belongs to the server from here on.
+        """
+        self._model = model
+        self._config = config
+        self._engine = engine or Engine(model, slots=config.limits.streams, device=pick_device(config.model.device))
+        defaults = pb.StreamingConfig(encoding=pb.StreamingConfig.LINEAR16, sample_rate_hertz=16_000)
+        checked: StreamOptions = wire.parse_config(defaults, config.stream, model).options
+        log.debug("stream defaults: %s", checked)
+
+    async def start(self) -> int:
+        """Listens, and returns the port. Raises ConfigError when the address cannot be bound."""
+        loop = asyncio.get_running_loop()
+        features = self._model.config.features
+        load = None
+        if self._config.load.shed_depth:
+            load = LoadMonitor(
+                LoadController(self._model.config.num_exits, self._config.load.target_latency_ms),
+                lookahead_s=(features.window_samples - features.hop_samples) / features.sample_rate_hertz,
+            )
+        self._engine_thread = EngineThread(self._engine, _poster(loop), load=load, prepare=self._limit_threads)
+        choices = [ms for ms in _CHUNK_CHOICES_MS if _fits(self._model, ms)]
+        description = wire.describe(self._model, self._config.stream, choices)
+        self.servicer = SpeechServicer(self._model, self._engine_thread, self._config, description)
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", _TRANSPORT_LIMIT_BYTES),
+                ("grpc.keepalive_time_ms", 20_000),  # a client that vanished without a word is noticed
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.so_reuseport", 0),  # a port that is taken is an error
+            ]
+        )
+        speech_pb2_grpc.add_SpeechServicer_to_server(self.servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        listen = self._config.listen
+        host = f"[{listen.host}]" if ":" in listen.host else listen.host
+        try:
+            port = self._server.add_insecure_port(f"{host}:{listen.port}")
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {host}:{listen.port}: is the port taken? ({error})") from None
+        self._engine_thread.start()
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        return port
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Refuses new streams, lets running ones finish for `drain_s`, ends the rest, joins the engine thread."""
+        self.servicer.drain()
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        deadline = asyncio.get_running_loop().time() + drain_s
+        while self.servicer.open_streams and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        self.servicer.end_all()
+        await self._server.stop(_CANCEL_GRACE_S)
+        await asyncio.to_thread(self._engine_thread.stop)
+
+    def _limit_threads(self) -> None:
+        import torch
+
+        torch.set_num_threads(self._config.model.threads)  # counts for the calling thread
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", SERVICE_NAME):
+            await self._health.set(service, status)
+
+
+async def run(model: Model, config: ServeConfig, announce: Callable[[int], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the draining. `announce` gets the port."""
+    loop = asyncio.get_running_loop()
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (second if first.is_set() else first).set()
+
+    server = SpeechServer(model, config)
+    announce(await server.start())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await first.wait()
+    stopping = asyncio.create_task(server.stop(config.listen.drain_s))
+    impatient = asyncio.create_task(second.wait())
+    await asyncio.wait({stopping, impatient}, return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        server.servicer.end_all()
+    await stopping
+    impatient.cancel()
+
+
+def _fits(model: Model, chunk_ms: int) -> bool:
+    try:
+        model.config.chunk_frames(chunk_ms)
+    except ConfigError:
+        return False
+    return True
+
+
+def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[list[Event]], None]:
+    def deliver(events: list[Event]) -> None:
+        for event in events:
+            try:
+                event()
+            except Exception:
+                log.exception("delivering an event failed")
+
+    def post(events: list[Event]) -> None:
+        loop.call_soon_threadsafe(deliver, events)
+
+    return post

@@ -1,0 +1,153 @@
+"""The RPCs of asr_exit.v1.Speech: order of messages, one reader and one writer per stream, status codes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import grpc
+
+from service import wire
+from service.errors import StreamError, invalid, to_stream_error
+from service.pb import speech_pb2 as pb
+from service.pb import speech_pb2_grpc
+from service.session import Session
+
+if TYPE_CHECKING:
+    from asr_exit.checkpoint import Model
+    from service.config import ServeConfig
+    from service.engine_thread import EngineThread
+
+log = logging.getLogger(__name__)
+
+
+class SpeechServicer(speech_pb2_grpc.SpeechServicer):
+    """Runs every RPC on the event loop; recognition itself happens on the engine thread."""
+
+    def __init__(self, model: Model, engine: EngineThread, config: ServeConfig, description: pb.Model) -> None:
+        self._model = model
+        self._engine = engine
+        self._config = config
+        self._description = description
+        self._sessions: set[Session] = set()
+        self._draining = False
+
+    @property
+    def open_streams(self) -> int:
+        """Streams being served now."""
+        return len(self._sessions)
+
+    def drain(self) -> None:
+        """From now on new streams are refused with UNAVAILABLE; running ones go on."""
+        self._draining = True
+
+    def end_all(self) -> None:
+        """Ends the running streams with UNAVAILABLE."""
+        for session in list(self._sessions):
+            session.fail(_shutting_down())
+
+    async def StreamingRecognize(
+        self, request_iterator: AsyncIterator[pb.StreamingRecognizeRequest], context: grpc.aio.ServicerContext
+    ):
+        """See speech.proto."""
+        session: Session | None = None
+        try:
+            session = await self._open(context)
+            reader = asyncio.create_task(self._read(context, session))
+            try:
+                await self._write(context, session)
+            finally:
+                reader.cancel()
+        except StreamError as error:
+            await context.abort(error.code, error.message)
+        finally:
+            if session is not None:
+                session.close()
+                self._sessions.discard(session)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
+        """See speech.proto."""
+        try:
+            wire.check_model_name(request.name, self._model)
+        except StreamError as error:
+            await context.abort(error.code, error.message)
+        return self._description
+
+    async def _open(self, context: grpc.aio.ServicerContext) -> Session:
+        request = await self._next(context)
+        if request is None:
+            raise invalid("the stream ended before its configuration: send streaming_config in the first message")
+        kind = request.WhichOneof("streaming_request")
+        if kind != "streaming_config":
+            raise invalid(f"the first message carries {kind or 'nothing'}: it must carry streaming_config")
+        if self._draining:
+            raise _shutting_down()
+        try:
+            parsed = wire.parse_config(request.streaming_config, self._config.stream, self._model)
+            session = Session(parsed, self._engine, self._config.limits)
+        except Exception as error:
+            raise _reported(error) from error
+        self._sessions.add(session)
+        try:
+            await session.open()
+        except BaseException:
+            session.close()
+            self._sessions.discard(session)
+            raise
+        return session
+
+    async def _read(self, context: grpc.aio.ServicerContext, session: Session) -> None:
+        """Client to engine; ends the session with an error instead of raising."""
+        try:
+            while (request := await self._next(context)) is not None:
+                kind = request.WhichOneof("streaming_request")
+                if kind == "audio_content":
+                    await session.send_audio(request.audio_content)
+                elif kind == "control" and request.control.WhichOneof("command") == "compute_budget":
+                    session.set_budget(wire.parse_budget(request.control.compute_budget))
+                elif kind == "streaming_config":
+                    raise invalid("streaming_config was sent twice: it belongs into the first message only")
+                else:
+                    raise invalid(
+                        f"a message with an empty {kind or 'request'}: send audio_content or a control command"
+                    )
+            session.finish()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            session.fail(_reported(error))
+
+    async def _write(self, context: grpc.aio.ServicerContext, session: Session) -> None:
+        """Engine to client."""
+        first = True
+        while (update := await session.receive()) is not None:
+            message = wire.response(update, word_times=session.request.word_times, first=first)
+            await context.write(message)
+            result = message.results[0]
+            first = first and not (result.is_final and result.alternatives)
+
+    async def _next(self, context: grpc.aio.ServicerContext) -> pb.StreamingRecognizeRequest | None:
+        """The next request, or None when the client closed its side."""
+        idle_s = self._config.limits.idle_s
+        try:
+            async with asyncio.timeout(idle_s):
+                request = await context.read()
+        except TimeoutError:
+            raise StreamError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"nothing was sent for {idle_s:g} s: send audio, silence included, or close the stream",
+            ) from None
+        return None if request is grpc.aio.EOF else request
+
+
+def _reported(error: Exception) -> StreamError:
+    converted = to_stream_error(error)
+    if converted.code is grpc.StatusCode.INTERNAL:
+        log.error("stream failed", exc_info=error)
+    return converted
+
+
+def _shutting_down() -> StreamError:
+    return StreamError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: connect again later")

@@ -1,0 +1,152 @@
+"""One stream as its RPC handler sees it, whatever the protocol: audio in with backpressure, updates out."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+
+from service.errors import StreamError, invalid, to_stream_error
+from service.feed import Audio, Close, Feed, Finish, Open, SetBudget
+from service.outbox import Outbox, Update
+
+if TYPE_CHECKING:
+    from asr_exit.audio import Encoding
+    from asr_exit.budget import Budget
+    from asr_exit.stream import ChunkResult, StreamOptions
+    from service.config import LimitsConfig
+    from service.engine_thread import EngineThread
+
+_SLICE_S = 0.5  # audio handed to the engine thread at once, so that a large message does not hold up other streams
+_MAX_QUEUED_COMMANDS = 64
+
+
+@dataclass(frozen=True)
+class StreamRequest:
+    """What a client asked for, checked and in the library's terms."""
+
+    options: StreamOptions
+    encoding: Encoding
+    rate_hz: int
+    interim_results: bool
+    word_times: bool
+
+
+class Session:
+    """Belongs to the event loop. Open it, send audio, finish; receive until None. Always close it."""
+
+    def __init__(self, request: StreamRequest, engine: EngineThread, limits: LimitsConfig) -> None:
+        """Raises AudioError for a rate outside 8000..48000 Hz. Takes no slot yet."""
+        self.request = request
+        self._engine = engine
+        self._limits = limits
+        self._feed = Feed(request.options, request.encoding, request.rate_hz, self)
+        self._outbox = Outbox(
+            interim_results=request.interim_results, unread_chunks=limits.unread_chunks, on_read=self._look_again
+        )
+        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._room = asyncio.Event()
+        self._queued_commands = 0
+        self._received_bytes = 0
+        self._processed_s = 0.0
+        self._ended = False
+        self._closed = False
+
+    async def open(self) -> None:
+        """Takes a slot. Raises StreamError when there is none or the options do not fit the model."""
+        self._submit(Open())
+        await self._opened
+
+    async def send_audio(self, data: bytes) -> None:
+        """Passes audio on, waiting while too much of it is queued. Raises StreamError for an oversized message."""
+        if len(data) > self._limits.message_bytes:
+            raise invalid(
+                f"a message with {len(data)} bytes of audio: send at most {self._limits.message_bytes} bytes at "
+                "a time, best 20 to 200 ms"
+            )
+        arrived_at = self._engine.clock()
+        per_second = self._feed.input.bytes_per_second
+        slice_bytes = int(_SLICE_S * per_second)
+        for start in range(0, len(data), slice_bytes):
+            await self._wait_for_room()
+            part = data[start : start + slice_bytes]
+            self._received_bytes += len(part)
+            self._submit(Audio(part, arrived_at))
+
+    def set_budget(self, budget: Budget) -> None:
+        """Replaces the compute budget from the next chunk on."""
+        self._submit(SetBudget(budget))
+
+    def finish(self) -> None:
+        """No more audio will come. Raises StreamError when none came at all."""
+        if self._received_bytes == 0:
+            raise invalid("the stream ended without any audio: send audio_content before closing it")
+        self._submit(Finish())
+
+    async def receive(self) -> Update | None:
+        """Returns the next update, None after the last; raises StreamError when the stream failed."""
+        return await self._outbox.get()
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the stream with an error, after the updates that are still unread."""
+        self._ended = True
+        self._outbox.close(to_stream_error(error))
+        self._look_again()
+
+    def close(self) -> None:
+        """Gives the slot back; safe at any time and more than once."""
+        if not self._closed:
+            self._closed = self._ended = True
+            self._feed.abandoned = True
+            self._submit(Close())
+            self._look_again()
+
+    def on_opened(self) -> None:
+        """See Listener."""
+        if not self._opened.done():
+            self._opened.set_result(None)
+
+    def on_consumed(self, commands: int) -> None:
+        """See Listener."""
+        self._queued_commands -= commands
+        self._look_again()
+
+    def on_result(self, result: ChunkResult, latency_ms: float) -> None:
+        """See Listener."""
+        self._processed_s = result.end_ms / 1000
+        self._outbox.put(result, latency_ms)
+        if result.end_of_stream:
+            self._ended = True
+            self._outbox.close()
+        self._look_again()
+
+    def on_failed(self, error: BaseException) -> None:
+        """See Listener."""
+        if not self._opened.done():
+            self._opened.set_exception(to_stream_error(error))
+        self.fail(error)
+
+    def _submit(self, command: Open | Audio | SetBudget | Finish | Close) -> None:
+        self._queued_commands += 1
+        self._engine.submit(self._feed, command)
+
+    def _look_again(self) -> None:
+        self._room.set()
+
+    async def _wait_for_room(self) -> None:
+        while not self._ended and self._full:
+            self._room.clear()
+            await self._room.wait()
+        if self._ended:
+            raise StreamError(grpc.StatusCode.CANCELLED, "the stream has ended")
+
+    @property
+    def _full(self) -> bool:
+        received_s = self._received_bytes / self._feed.input.bytes_per_second
+        return (
+            received_s - self._processed_s >= self._limits.backlog_s
+            or self._queued_commands >= _MAX_QUEUED_COMMANDS
+            or self._outbox.crowded
+        )
