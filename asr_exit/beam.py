@@ -1,0 +1,246 @@
+"""CTC prefix beam search with an immutable state.
+
+Hannun et al., "First-Pass Large Vocabulary Continuous Speech Recognition using Bi-Directional Recurrent DNNs"
+(arXiv 1408.2873, 2014), without a language model: every prefix carries the probability of all its alignments, split by
+whether they end in blank; alignments that reach the same prefix by different ways are merged. With a beam wide enough
+for all prefixes and `top_tokens >= V - 1` the search is exact.
+
+Everything is in plain floats: with 8 prefixes the break on the worst kept prefix beats array code. Probabilities are
+rescaled every frame (never per chunk), so splitting a stream into other chunks cannot change a bit of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
+
+import numpy as np
+
+from asr_exit.ctc import (
+    BLANK,
+    ROOT_KEY,
+    FrameScores,
+    TokenCell,
+    TokenSpan,
+    check_not_nan,
+    rechain,
+    sequence_key,
+    unroll,
+)
+from asr_exit.errors import ConfigError
+
+
+class _Prefix(NamedTuple):
+    """One label sequence of the beam. Probabilities are relative to the state's `log_scale`.
+
+    `key` hashes the sequence (64 bit), `parent_key` the sequence without its last label: a parent can be dropped and
+    found again while its child stayed, so object identity would not do. `closed` holds all tokens but the last;
+    `start`, `end` (exclusive) and `peak` (posterior) describe the last one; `start` is -1 if `label` belongs to the
+    text before a restart, or to nothing.
+    """
+
+    p_blank: float
+    p_label: float
+    label: int
+    key: int
+    parent_key: int | None
+    closed: TokenCell | None
+    start: int
+    end: int
+    peak: float
+
+    def last_span(self) -> TokenSpan | None:
+        if self.start < 0:
+            return None
+        return TokenSpan(self.label, self.start, self.end, math.log(self.peak) if self.peak > 0 else -math.inf)
+
+    def chain(self) -> TokenCell | None:
+        """The whole sequence as finished tokens."""
+        span = self.last_span()
+        return self.closed if span is None else TokenCell.push(self.closed, span, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One entry of the n-best list: tokens since the last restart, and the log of their summed probability."""
+
+    tokens: tuple[TokenSpan, ...]
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class BeamState:
+    """Immutable beam after `num_frames` frames; prefixes best first, see `asr_exit.ctc.CtcState`."""
+
+    num_frames: int
+    prefixes: tuple[_Prefix, ...]
+    log_scale: float
+
+    @property
+    def trailing_blank_frames(self) -> int:
+        return self.num_frames - self.prefixes[0].end
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.prefixes[0].start >= 0
+
+    @property
+    def num_stable_tokens(self) -> int:
+        """Length of the label sequence that all prefixes of the beam begin with."""
+        chains = [prefix.chain() for prefix in self.prefixes]
+        shortest = min(0 if cell is None else cell.count for cell in chains)
+        level = []
+        for cell in chains:
+            while cell is not None and cell.count > shortest:
+                cell = cell.previous
+            level.append(cell)
+        while len({ROOT_KEY if cell is None else cell.key for cell in level}) > 1:
+            level = [None if cell is None else cell.previous for cell in level]
+        return 0 if level[0] is None else level[0].count
+
+    @property
+    def confidence(self) -> float:
+        """Share of the best prefix in the beam: the sentence confidence of arXiv 2309.09546, in (0, 1]."""
+        return _total(self.prefixes[0]) / sum(map(_total, self.prefixes))
+
+    def tokens(self) -> tuple[TokenSpan, ...]:
+        best = self.prefixes[0]
+        return unroll(best.closed, best.last_span())
+
+    def hypotheses(self) -> tuple[Hypothesis, ...]:
+        """The n-best list, best first. Prefixes whose probability has vanished are left out."""
+        return tuple(
+            Hypothesis(unroll(prefix.closed, prefix.last_span()), self.log_scale + math.log(_total(prefix)))
+            for prefix in self.prefixes
+            if _total(prefix) > 0
+        )
+
+    def restart(self, keep_tokens: int = 0) -> BeamState:
+        """Keeps the best prefix's blank and label probabilities as context; the other prefixes are dropped."""
+        best = self.prefixes[0]
+        total = _total(best)
+        root = best._replace(p_blank=best.p_blank / total, p_label=best.p_label / total)
+        if keep_tokens <= 0 or best.start < 0:
+            root = root._replace(key=ROOT_KEY, parent_key=None, closed=None, start=-1)
+        else:
+            closed = rechain(self.tokens()[-keep_tokens:-1])
+            parent_key = ROOT_KEY if closed is None else closed.key
+            root = root._replace(key=sequence_key(parent_key, best.label), parent_key=parent_key, closed=closed)
+        return BeamState(self.num_frames, (root,), 0.0)
+
+    def __repr__(self) -> str:
+        return f"BeamState(num_frames={self.num_frames}, prefixes={len(self.prefixes)})"
+
+
+@dataclass(frozen=True)
+class PrefixBeamDecoder:
+    """CTC prefix beam search.
+
+    Args:
+        beam_size: prefixes kept after each frame.
+        top_tokens: most likely non-blank labels of a frame that may extend a prefix.
+        seam_frames: as in `GreedyDecoder`, for chunks marked `depth_changed`.
+
+    Token times follow the alignments that carry most probability: a token starts at the frame where the mass entering
+    its prefix exceeded the mass already there.
+
+    Raises:
+        ConfigError: an option is out of range, or `advance` got scores without `log_probs`.
+    """
+
+    beam_size: int = 8
+    top_tokens: int = 16
+    seam_frames: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("beam_size", 1), ("top_tokens", 1), ("seam_frames", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be {least} or more")
+
+    def initial(self) -> BeamState:
+        return BeamState(0, (_Prefix(1.0, 0.0, BLANK, ROOT_KEY, None, None, -1, 0, 0.0),), 0.0)
+
+    def advance(self, state: BeamState, scores: FrameScores) -> BeamState:
+        """Raises EngineError if a score is NaN."""
+        if scores.log_probs is None:
+            raise ConfigError("beam decoding needs log_probs of shape (T, V); pass them or decode greedily")
+        check_not_nan(scores.log_probs.sum(axis=1).tolist(), state.num_frames)
+        probs = np.exp(scores.log_probs.astype(np.float64))
+        top = self._top_labels(probs)
+        prefixes, log_scale = state.prefixes, state.log_scale
+        seam = state.num_frames if scores.depth_changed else -1
+        for offset, (row, labels) in enumerate(zip(probs.tolist(), top.tolist(), strict=True)):
+            best = _total(prefixes[0])
+            log_scale += math.log(best)
+            prefixes = self._step(prefixes, 1.0 / best, row, labels, state.num_frames + offset, seam)
+        return BeamState(state.num_frames + len(probs), prefixes, log_scale)
+
+    def _top_labels(self, probs: np.ndarray) -> np.ndarray:
+        """(T, K) labels that may extend a prefix, most likely first, ties by id."""
+        labels = probs[:, 1:]
+        count = min(self.top_tokens, labels.shape[1])
+        if count < labels.shape[1]:
+            picked = np.sort(np.argpartition(labels, -count, axis=1)[:, -count:], axis=1)
+            labels = np.take_along_axis(labels, picked, axis=1)
+            order = np.argsort(-labels, axis=1, kind="stable")
+            return np.take_along_axis(picked, order, axis=1) + 1
+        return np.argsort(-labels, axis=1, kind="stable") + 1
+
+    def _step(
+        self, prefixes: tuple[_Prefix, ...], scale: float, row: list[float], labels: list[int], frame: int, seam: int
+    ) -> tuple[_Prefix, ...]:
+        """One frame: `row` (V,) posteriors, `labels` that may extend a prefix, `seam` the frame of a depth change."""
+        # Mass of each prefix that may repeat its last label as a new token; the rest would continue the same token.
+        masses = {}
+        for prefix in prefixes:
+            total = _total(prefix) * scale
+            bridged = prefix.end <= seam and frame - prefix.end <= self.seam_frames
+            masses[prefix.key] = (prefix, total, 0.0 if bridged else prefix.p_blank * scale)
+
+        kept: list[tuple[float, _Prefix]] = []
+        for prefix, total, repeatable in masses.values():
+            label, closed, start, end, peak = prefix.label, prefix.closed, prefix.start, prefix.end, prefix.peak
+            p_blank = total * row[BLANK]
+            p_label = 0.0 if label == BLANK else (total - repeatable) * row[label]
+            if prefix.parent_key in masses:
+                parent, parent_total, parent_repeatable = masses[prefix.parent_key]
+                entering = (parent_repeatable if parent.label == label else parent_total) * row[label]
+                if entering > p_blank + p_label:
+                    closed, start, peak, end = parent.chain(), frame, 0.0, frame
+                p_label += entering
+            if p_label > p_blank:
+                end, peak = frame + 1, max(peak, row[label])
+            elif start == end:  # just re-timed, and blank is as likely: still one frame long
+                end, peak = frame + 1, row[label]
+            value = p_blank + p_label
+            same = _Prefix(p_blank, p_label, label, prefix.key, prefix.parent_key, closed, start, end, peak)
+            kept.append((value, same))
+
+        floor = min(value for value, _ in kept) if len(kept) >= self.beam_size else 0.0
+        grown: list[tuple[float, _Prefix, int, int]] = []
+        for prefix, total, repeatable in masses.values():
+            for label in labels:
+                if total * row[label] <= floor:
+                    break
+                value = (repeatable if label == prefix.label else total) * row[label]
+                if value > floor:
+                    key = sequence_key(prefix.key, label)
+                    if key not in masses:
+                        grown.append((value, prefix, label, key))
+
+        kept.sort(key=itemgetter(0), reverse=True)
+        if not grown:
+            return tuple(prefix for _, prefix in kept)
+        grown.sort(key=itemgetter(0), reverse=True)
+        merged: list[tuple[float, _Prefix]] = kept
+        for value, parent, label, key in grown[: self.beam_size]:
+            child = _Prefix(0.0, value, label, key, parent.key, parent.chain(), frame, frame + 1, row[label])
+            merged.append((value, child))
+        merged.sort(key=itemgetter(0), reverse=True)
+        return tuple(prefix for _, prefix in merged[: self.beam_size])
+
+
+def _total(prefix: _Prefix) -> float:
+    return prefix.p_blank + prefix.p_label

@@ -1,0 +1,170 @@
+"""From the machine's load to an exit ceiling: depth is shed before streams are refused or fall behind.
+
+The service measures, this module decides. No torch and no threads here; the clock is passed in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from asr_exit.errors import ConfigError
+
+HEADROOM = 0.8
+DRAIN_SECONDS = 5.0
+BUSY_CPU = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSignal:
+    """One measurement, taken after an engine step (or while idle, with `step_ms` 0).
+
+    Attributes:
+        queue_delay_ms: longest wait of a served chunk after its audio was due. Audio sent faster than real time must
+            not count: a file sent at once is no overload.
+        step_ms: duration of the step.
+        chunk_ms: audio per chunk, the shortest of the streams served; 0 if none was.
+        ready_streams: streams with a chunk still waiting.
+        free_slots: streams that could still be opened.
+        cpu_fraction: use of all cores in [0, 1], None if unknown.
+
+    `LoadController` looks at delay, step and CPU; the others describe the situation to other controllers and logs.
+
+    Raises:
+        ConfigError: a value is negative or not a number.
+    """
+
+    queue_delay_ms: float
+    step_ms: float
+    chunk_ms: float = 0.0
+    ready_streams: int = 0
+    free_slots: int = 0
+    cpu_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("queue_delay_ms", "step_ms", "chunk_ms", "ready_streams", "free_slots", "cpu_fraction"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"LoadSignal.{name} must be 0 or more, got {value!r}")
+
+
+class LoadController:
+    """Lowers the exit ceiling under pressure and raises it when load goes.
+
+    Lowering: when two measurements in a row exceed the target latency (wait plus step). One exit; two when twice over
+    the target; half of the rest when four times over. While the backlog shrinks fast enough to be gone in
+    `DRAIN_SECONDS`, the ceiling is left alone.
+
+    Raising: to the deepest exit whose predicted pressure stays within `HEADROOM`. Pressure is the larger of the worst
+    latency over target and the share of time spent computing, both over the last `change_seconds`; the prediction grows
+    in proportion to `costs`. The gap between headroom and target is the hysteresis. While others saturate the CPU, one
+    exit at a time.
+
+    The ceiling changes at most once per `change_seconds`. Not thread-safe.
+
+    Args:
+        num_exits: exits of the model.
+        target_latency_ms: the latency to stay under.
+        clock: monotonic seconds.
+        costs: relative cost of leaving at each exit, rising; proportional to depth if not given.
+        change_seconds: least time between two changes.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        num_exits: int,
+        target_latency_ms: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        costs: Sequence[float] | None = None,
+        change_seconds: float = 1.0,
+    ) -> None:
+        if num_exits < 1:
+            raise ConfigError(f"num_exits={num_exits} must be 1 or more")
+        for name, value in (("target_latency_ms", target_latency_ms), ("change_seconds", change_seconds)):
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a positive number, got {value!r}")
+        self._costs = tuple(range(1, num_exits + 1)) if costs is None else tuple(costs)
+        rising = all(low < high for low, high in itertools.pairwise(self._costs))
+        if len(self._costs) != num_exits or self._costs[0] <= 0 or not rising:
+            raise ConfigError(f"costs must be {num_exits} positive rising numbers, got {self._costs}")
+        self._target_ms = target_latency_ms
+        self._clock = clock
+        self._change_seconds = change_seconds
+        self._ceiling = num_exits - 1
+        self._changed_at = -math.inf
+        self._over_count = 0
+        self._checked_at = -math.inf
+        self._checked_latency_ms = 0.0
+        self._window_start = clock()
+        self._busy_seconds = 0.0
+        self._worst_latency_ms = 0.0
+
+    @property
+    def ceiling(self) -> int:
+        """Deepest exit index the load allows now."""
+        return self._ceiling
+
+    def update(self, signal: LoadSignal) -> None:
+        """Take one measurement into account. Call after every step, and now and then while idle."""
+        now = self._clock()
+        latency_ms = signal.queue_delay_ms + signal.step_ms
+        self._busy_seconds += signal.step_ms / 1000.0
+        self._worst_latency_ms = max(self._worst_latency_ms, latency_ms)
+        over = latency_ms > self._target_ms
+        self._over_count = self._over_count + 1 if over else 0
+        if self._over_count >= 2:
+            self._lower(now, latency_ms)
+        if now - self._window_start >= self._change_seconds:
+            if not over:
+                self._checked_at = -math.inf
+                self._raise(now, signal.cpu_fraction)
+            self._start_window(now)
+
+    def _start_window(self, now: float) -> None:
+        self._window_start = now
+        self._busy_seconds = 0.0
+        self._worst_latency_ms = 0.0
+
+    def _may_change(self, now: float) -> bool:
+        return now - self._changed_at >= self._change_seconds
+
+    def _lower(self, now: float, latency_ms: float) -> None:
+        elapsed = now - self._checked_at
+        if elapsed < self._change_seconds or not self._may_change(now):
+            return
+        drained_ms = self._checked_latency_ms - latency_ms
+        draining = drained_ms * DRAIN_SECONDS >= max(0.0, latency_ms - self._target_ms) * elapsed and drained_ms > 0
+        first = math.isinf(elapsed)
+        self._checked_at, self._checked_latency_ms = now, latency_ms
+        if draining and not first:
+            return
+        over = latency_ms / self._target_ms
+        steps = 1 if over < 2 else 2 if over < 4 else max(2, (self._ceiling + 1) // 2)
+        self._set(max(0, self._ceiling - steps), now)
+
+    def _raise(self, now: float, cpu_fraction: float | None) -> None:
+        if not self._may_change(now):
+            return
+        elapsed = now - self._window_start
+        pressure = max(self._worst_latency_ms / self._target_ms, self._busy_seconds / elapsed)
+        allowed = HEADROOM * self._costs[self._ceiling]
+        best = max(
+            (k for k in range(self._ceiling, len(self._costs)) if pressure * self._costs[k] <= allowed),
+            default=self._ceiling,
+        )
+        if cpu_fraction is not None and cpu_fraction >= BUSY_CPU:
+            best = min(best, self._ceiling + 1)
+        self._set(best, now)
+
+    def _set(self, ceiling: int, now: float) -> None:
+        if ceiling != self._ceiling:
+            self._ceiling = ceiling
+            self._changed_at = now
+            self._start_window(now)
