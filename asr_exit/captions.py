@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from asr_exit.ctc import CtcDecoder, CtcState, Word, split_stable, text_from_words, words_from_tokens
+from asr_exit.ctc import CtcDecoder, CtcState
+from asr_exit.words import Word, split_stable, stable_word_count, text_from_words, words_from_tokens
 
 if TYPE_CHECKING:
     from asr_exit.stream import Chunk
@@ -38,9 +39,10 @@ class Captions:
     def __init__(self, decoder: CtcDecoder, pieces: Sequence[str], frame_ms: float) -> None:
         self._decoder, self._pieces, self._frame_ms = decoder, pieces, frame_ms
         self._settled: CtcState = decoder.initial()
-        self._settled_chunks = 0
+        self._settled_exit: int | None = None
         self._revisable: deque[Chunk] = deque()
-        self._words_of: tuple[CtcState, tuple[Word, ...]] | None = None
+        self._viewed: tuple[tuple[object, ...], CtcState] | None = None  # what was decoded last, and the result
+        self._read: tuple[CtcState, tuple[Word, ...]] | None = None
 
     def add(self, chunk: Chunk) -> None:
         """Take the next chunk, in order."""
@@ -60,44 +62,54 @@ class Captions:
 
     def _fold(self) -> None:
         while self._revisable and self._revisable[0].settled:
-            self._settled = self._advance(self._settled, self._revisable.popleft())
+            chunk = self._revisable.popleft()
+            self._settled = self._advance(self._settled, chunk, self._settled_exit)
+            self._settled_exit = chunk.exit_index
 
-    def _advance(self, state: CtcState, chunk: Chunk) -> CtcState:
-        return state if chunk.scores is None else self._decoder.advance(state, chunk.scores.frames)
+    def _advance(self, state: CtcState, chunk: Chunk, exit_before: int | None) -> CtcState:
+        if chunk.scores is None:
+            return state
+        frames = chunk.scores.frames
+        if exit_before is not None and exit_before != chunk.exit_index:
+            frames = replace(frames, depth_changed=True)
+        return self._decoder.advance(state, frames)
 
     def _view(self) -> CtcState:
         self._fold()
-        state = self._settled
-        for chunk in self._revisable:
-            state = self._advance(state, chunk)
-        return state
+        key = (self._settled, *(chunk.exit_index for chunk in self._revisable))
+        if self._viewed is None or self._viewed[0] != key:
+            state, exit_index = self._settled, self._settled_exit
+            for chunk in self._revisable:
+                state, exit_index = self._advance(state, chunk, exit_index), chunk.exit_index
+            self._viewed = (key, state)
+        return self._viewed[1]
 
     def _words(self, state: CtcState) -> tuple[Word, ...]:
-        if self._words_of is None or self._words_of[0] is not state:
-            self._words_of = (state, words_from_tokens(state.tokens(), self._pieces, self._frame_ms))
-        return self._words_of[1]
+        if self._read is None or self._read[0] is not state:
+            self._read = (state, words_from_tokens(state.tokens(), self._pieces, self._frame_ms))
+        return self._read[1]
 
     def caption(self) -> Caption:
         """Text so far: committed words cannot change any more, the tail can."""
         view = self._view()
         words = self._words(view)
         if self._revisable:
-            stable = [word for word in self._words(self._settled)[:-1]]
-            stable_count = len(stable) if tuple(stable) == words[: len(stable)] else 0
+            limit = max(0, len(words_from_tokens(self._settled.tokens(), self._pieces, self._frame_ms)) - 1)
         else:
-            stable_count = len(split_stable(words, view.trailing_blank_frames)[0])
-        return Caption(text_from_words(words[:stable_count]), text_from_words(words[stable_count:]), words)
+            limit = stable_word_count(view.tokens(), view.num_stable_tokens, self._pieces)
+        committed, tail = split_stable(words, view.trailing_blank_frames, stable_words=limit)
+        return Caption(text_from_words(committed), text_from_words(tail), words)
 
     def silence_ms(self) -> float:
         """Silence since the last word of the utterance; 0 before its first word."""
         view = self._view()
-        return view.trailing_blank_frames * self._frame_ms if view.tokens() else 0.0
+        return view.trailing_blank_frames * self._frame_ms if view.has_tokens else 0.0
 
     def utterance_ms(self) -> float:
         """Time from the first word to now; 0 before it."""
         view = self._view()
-        tokens = view.tokens()
-        return (view.num_frames - tokens[0].start_frame) * self._frame_ms if tokens else 0.0
+        words = self._words(view)
+        return view.num_frames * self._frame_ms - words[0].start_ms if words else 0.0
 
     def take_final(self) -> Caption:
         """End the utterance: everything becomes final, the next one starts empty."""

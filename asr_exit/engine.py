@@ -18,7 +18,8 @@ from asr_exit.budget import Budget, CostModel, DepthBudget
 from asr_exit.cache import CachePool
 from asr_exit.captions import Captions
 from asr_exit.checkpoint import Model
-from asr_exit.ctc import CtcDecoder, GreedyDecoder, PrefixBeamDecoder
+from asr_exit.beam import PrefixBeamDecoder
+from asr_exit.ctc import CtcDecoder, GreedyDecoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
 from asr_exit.evidence import score
 from asr_exit.features import StreamingLogMel
@@ -38,7 +39,7 @@ class Engine:
         self.slots = slots
         self._streams: dict[int, Stream] = {}  # by slot
         self._load_cap = self.config.num_exits - 1
-        self._seconds_per_mac: float | None = None
+        self.seconds_per_mac = self._measure_seconds_per_mac()
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -50,8 +51,9 @@ class Engine:
         """
         options = options or StreamOptions()
         chunk_frames = self.config.chunk_frames(options.chunk_ms)
-        options.policy.max_exit(self.config.num_exits)
-        budget = DepthBudget(options.budget, self._cost_model(chunk_frames, options.fill, options.budget))
+        deepest = options.policy.deepest(self.config.num_exits)
+        cost = self._cost_model(chunk_frames, options.fill)
+        budget = DepthBudget(options.budget, cost, self.config.exit_layers)
         slot = self.pool.acquire()
         if slot is None:
             raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")
@@ -66,6 +68,7 @@ class Engine:
             captions=Captions(decoder, self.model.tokenizer.pieces, self.config.frame_ms),
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
+            deepest=deepest,
         )
         self._streams[slot] = stream
         return stream
@@ -102,7 +105,7 @@ class Engine:
 
     def set_budget(self, stream: Stream, budget: Budget) -> None:
         """Change a stream's budget from its next chunk on. Raises ConfigError when it cannot be met."""
-        stream.budget.update(budget, self._cost_model(stream.chunk_frames, stream.options.fill, budget))
+        stream.budget.update(budget)
 
     def set_load_ceiling(self, exit_index: int | None) -> None:
         """Deepest exit that load allows; None = no limit."""
@@ -124,32 +127,24 @@ class Engine:
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
-    def _cost_model(self, chunk_frames: int, fill: Fill, budget: Budget) -> CostModel:
-        costs = tuple(
+    def _cost_model(self, chunk_frames: int, fill: Fill) -> CostModel:
+        costs = [
             float(self.macs.to_exit(index, chunk_frames, propagate=fill is Fill.PROPAGATE))
             for index in range(self.config.num_exits)
-        )
-        seconds = chunk_frames * self.config.frame_ms / 1000
-        return CostModel(
-            macs_per_second_to_exit=tuple(cost / seconds for cost in costs),
-            full_macs_per_second=self.macs.full(chunk_frames) / seconds,
-            exit_layers=self.config.exit_layers,
-            seconds_per_mac=None if budget.real_time_factor is None else self.seconds_per_mac(),
-        )
+        ]
+        return CostModel.from_chunk(costs, chunk_frames * self.config.frame_ms / 1000, self.seconds_per_mac)
 
-    def seconds_per_mac(self) -> float:
-        """Measured time of one multiply-accumulate at batch 1 on this device: median of a few full-depth chunks."""
-        if self._seconds_per_mac is None:
-            frames, times = self.config.chunk_frames(640), []
-            features = torch.zeros(1, frames * self.config.subsampling, self.config.features.num_mels, device=self.device)
-            lengths = torch.tensor([features.shape[1]], device=self.device)
-            with torch.inference_mode():
-                for _ in range(8):
-                    begin = time.perf_counter()
-                    self.encoder(features, lengths, chunk_frames=frames).logits[-1].cpu()
-                    times.append(time.perf_counter() - begin)
-            self._seconds_per_mac = float(np.median(times[2:])) / self.macs.full(frames)
-        return self._seconds_per_mac
+    @torch.inference_mode()
+    def _measure_seconds_per_mac(self) -> float:
+        """Time of one multiply-accumulate at batch 1 on this device: median over a few full-depth chunks."""
+        frames, times = self.config.max_chunk_frames, []
+        features = torch.zeros(1, frames * self.config.subsampling, self.config.features.num_mels, device=self.device)
+        lengths = torch.tensor([features.shape[1]], device=self.device)
+        for _ in range(7):
+            begin = time.perf_counter()
+            self.encoder(features, lengths, chunk_frames=frames).logits[-1].cpu()
+            times.append(time.perf_counter() - begin)
+        return float(np.median(times[2:])) / self.macs.full(frames)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -223,7 +218,7 @@ class Engine:
             skipped = (deepest - segment) * self.macs.propagate(frames) if stream.options.fill is Fill.PROPAGATE else 0
             costs.append(spent + arriving * with_head + skipped)
             spent += arriving * self.macs.segment(segment, frames, with_head=False)
-        policy_cap = stream.options.policy.max_exit(self.config.num_exits)
+        policy_cap = stream.options.policy.max_exit(self.config.num_exits, stream.current.index)
         budget_cap = stream.budget.ceiling(self._audio_seconds(stream), costs)
         stream.cap = min(policy_cap, budget_cap, self._load_cap)
         stream.cap_reason = (
@@ -262,13 +257,12 @@ class Engine:
                     stream.failure = EngineError(f"the encoder returned values that are not finite at exit {segment}")
             if segment >= self._target(stream):
                 chunk.settled = True
-            if segment < stream.options.policy.max_exit(self.config.num_exits):
+            if segment < stream.deepest:
                 stream.inboxes[segment + 1].append(chunk)
 
     def _target(self, stream: Stream) -> int:
         """Exit after which a chunk's text cannot be revised any more."""
-        deepest = stream.options.policy.max_exit(self.config.num_exits)
-        return min(deepest, stream.budget.max_exit_index(self.config.num_exits))
+        return min(stream.deepest, stream.budget.max_exit)
 
     def _goes_on(self, stream: Stream, segment: int) -> bool:
         """Whether the current chunk enters the next segment; records the reason if not."""
@@ -311,12 +305,12 @@ class Engine:
                         self.pool.leave_hole(segment, slots, frames)
                 for stream, chunk in members:
                     stream.step_macs += self.macs.propagate(frames) if propagates else 0
-                    if segment < stream.options.policy.max_exit(self.config.num_exits):
+                    if segment < stream.deepest:
                         stream.inboxes[segment + 1].append(chunk)
 
     def _wants_drain(self, stream: Stream) -> bool:
         """Whether a final is due whose text deeper exits would still revise, and the budget lets them."""
-        if stream.options.fill is not Fill.CATCH_UP or stream.budget.has_target or not stream.captions.revisable:
+        if stream.options.fill is not Fill.CATCH_UP or stream.budget.budget.has_target or not stream.captions.revisable:
             return False
         return self._is_over(stream) or self._endpoint(stream)
 

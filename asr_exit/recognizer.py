@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from asr_exit.checkpoint import Model
-from asr_exit.ctc import FrameScores, GreedyDecoder, PrefixBeamDecoder, Word, text_from_words, words_from_tokens
+from asr_exit.beam import PrefixBeamDecoder
+from asr_exit.ctc import CtcDecoder, FrameScores, GreedyDecoder
+from asr_exit.words import Word, text_from_words, words_from_tokens
 from asr_exit.engine import Engine
 from asr_exit.errors import AudioError
 from asr_exit.features import log_mel

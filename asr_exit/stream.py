@@ -12,11 +12,11 @@ from torch import Tensor
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
 from asr_exit.config import require
-from asr_exit.ctc import Word
 from asr_exit.errors import ConfigError
 from asr_exit.evidence import ExitScores
 from asr_exit.features import StreamingLogMel
 from asr_exit.policy import ExitPolicy, Full, Reason
+from asr_exit.words import Word
 
 
 class Fill(StrEnum):
@@ -81,6 +81,7 @@ class Stream:
     captions: Captions
     budget: DepthBudget
     inboxes: list[deque[Chunk]]  # per segment, the chunks waiting at its door
+    deepest: int  # exit index below which the policy never goes
     samples: int = 0
     chunks: int = 0
     next_frame: int = 0

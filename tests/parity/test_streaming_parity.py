@@ -47,8 +47,11 @@ class Observed:
     name: str = "observed"
     needs_evidence: bool = True
 
-    def max_exit(self, num_exits: int) -> int:
-        return self.inner.max_exit(num_exits)  # type: ignore[attr-defined,no-any-return]
+    def max_exit(self, num_exits: int, chunk_index: int = 0) -> int:
+        return self.inner.max_exit(num_exits, chunk_index)  # type: ignore[attr-defined,no-any-return]
+
+    def deepest(self, num_exits: int) -> int:
+        return self.inner.deepest(num_exits)  # type: ignore[attr-defined,no-any-return]
 
     def stop(self, exit_index: int, evidence: Evidence | None) -> bool:
         return self.inner.stop(exit_index, evidence)  # type: ignore[attr-defined,no-any-return]
@@ -158,17 +161,15 @@ def test_fills_equal_the_training_pass(model: Model, fill: Fill, chunk_ms: float
     chunks = -(-(-(-features.shape[1] // 8)) // chunk_frames)
     per_chunk = [depths[index % len(depths)] for index in range(chunks)]
 
+    at: list[int] = []
+
     class Scripted(Full):
         needs_evidence = True
 
-        def __init__(self) -> None:
-            object.__setattr__(self, "at", 0)
-
         def stop(self, exit_index: int, evidence: Evidence | None) -> bool:
-            done = exit_index + 1 >= per_chunk[self.at]
-            if done:
-                object.__setattr__(self, "at", self.at + 1)
-            return done
+            if exit_index == 0:
+                at.append(len(at))
+            return exit_index + 1 >= per_chunk[at[-1]]
 
     offline = model.encoder(
         features,
@@ -179,8 +180,7 @@ def test_fills_equal_the_training_pass(model: Model, fill: Fill, chunk_ms: float
     ).mixed_logits
     assert offline is not None
     engine = Recorder(model, slots=1)
-    script = Scripted()
-    (stream,) = run(engine, [samples], [options(chunk_ms, script, fill)], lambda _: 4_000)
+    (stream,) = run(engine, [samples], [options(chunk_ms, Scripted(), fill)], lambda _: 4_000)
     taken = [engine.seen[stream][depth - 1, index] for index, depth in enumerate(per_chunk)]
     reference = offline[0].log_softmax(-1).numpy()
     assert np.abs(np.concatenate(taken) - reference).max() < TOLERANCE
