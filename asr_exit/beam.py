@@ -29,7 +29,7 @@ from asr_exit.ctc import (
     sequence_key,
     unroll,
 )
-from asr_exit.errors import ConfigError
+from asr_exit.errors import ConfigError, EngineError
 
 
 class _Prefix(NamedTuple):
@@ -163,7 +163,7 @@ class PrefixBeamDecoder:
         return BeamState(0, (_Prefix(1.0, 0.0, BLANK, ROOT_KEY, None, None, -1, 0, 0.0),), 0.0)
 
     def advance(self, state: BeamState, scores: FrameScores) -> BeamState:
-        """Raises EngineError if a score is NaN."""
+        """Raises EngineError if a score is NaN or a frame gives no label any probability."""
         if scores.log_probs is None:
             raise ConfigError("beam decoding needs log_probs of shape (T, V); pass them or decode greedily")
         check_not_nan(scores.log_probs.sum(axis=1).tolist(), state.num_frames)
@@ -173,6 +173,8 @@ class PrefixBeamDecoder:
         seam = state.num_frames if scores.depth_changed else -1
         for offset, (row, labels) in enumerate(zip(probs.tolist(), top.tolist(), strict=True)):
             best = _total(prefixes[0])
+            if best <= 0:
+                raise EngineError(f"all log posteriors of frame {state.num_frames + offset - 1} are -inf")
             log_scale += math.log(best)
             prefixes = self._step(prefixes, 1.0 / best, row, labels, state.num_frames + offset, seam)
         return BeamState(state.num_frames + len(probs), prefixes, log_scale)
@@ -192,21 +194,24 @@ class PrefixBeamDecoder:
         self, prefixes: tuple[_Prefix, ...], scale: float, row: list[float], labels: list[int], frame: int, seam: int
     ) -> tuple[_Prefix, ...]:
         """One frame: `row` (V,) posteriors, `labels` that may extend a prefix, `seam` the frame of a depth change."""
-        # Mass of each prefix that may repeat its last label as a new token; the rest would continue the same token.
+        # Per prefix: all its mass, the part that may repeat its last label as a new token, and the part that continues
+        # that token. The parts are those ending in blank and in the label, except across a change of depth.
         masses = {}
         for prefix in prefixes:
             total = _total(prefix) * scale
             bridged = prefix.end <= seam and frame - prefix.end <= self.seam_frames
-            masses[prefix.key] = (prefix, total, 0.0 if bridged else prefix.p_blank * scale)
+            repeating, continuing = (0.0, total) if bridged else (prefix.p_blank * scale, prefix.p_label * scale)
+            masses[prefix.key] = (prefix, total, repeating, continuing)
 
-        kept: list[tuple[float, _Prefix]] = []
-        for prefix, total, repeatable in masses.values():
+        # (mass after this frame, prefix, label that extends it or -1, key of the extension)
+        candidates: list[tuple[float, _Prefix, int, int]] = []
+        for prefix, total, _, continuing in masses.values():
             label, closed, start, end, peak = prefix.label, prefix.closed, prefix.start, prefix.end, prefix.peak
             p_blank = total * row[BLANK]
-            p_label = 0.0 if label == BLANK else (total - repeatable) * row[label]
+            p_label = 0.0 if label == BLANK else continuing * row[label]
             if prefix.parent_key in masses:
-                parent, parent_total, parent_repeatable = masses[prefix.parent_key]
-                entering = (parent_repeatable if parent.label == label else parent_total) * row[label]
+                parent, parent_total, parent_repeating, _ = masses[prefix.parent_key]
+                entering = (parent_repeating if parent.label == label else parent_total) * row[label]
                 if entering > p_blank + p_label:
                     closed, start, peak, end = parent.chain(), frame, 0.0, frame
                 p_label += entering
@@ -214,32 +219,26 @@ class PrefixBeamDecoder:
                 end, peak = frame + 1, max(peak, row[label])
             elif start == end:  # just re-timed, and blank is as likely: still one frame long
                 end, peak = frame + 1, row[label]
-            value = p_blank + p_label
             same = _Prefix(p_blank, p_label, label, prefix.key, prefix.parent_key, closed, start, end, peak)
-            kept.append((value, same))
+            candidates.append((p_blank + p_label, same, -1, prefix.key))
 
-        floor = min(value for value, _ in kept) if len(kept) >= self.beam_size else 0.0
-        grown: list[tuple[float, _Prefix, int, int]] = []
-        for prefix, total, repeatable in masses.values():
+        floor = min(map(itemgetter(0), candidates)) if len(candidates) >= self.beam_size else 0.0
+        for prefix, total, repeating, _ in masses.values():
             for label in labels:
                 if total * row[label] <= floor:
                     break
-                value = (repeatable if label == prefix.label else total) * row[label]
+                value = (repeating if label == prefix.label else total) * row[label]
                 if value > floor:
                     key = sequence_key(prefix.key, label)
                     if key not in masses:
-                        grown.append((value, prefix, label, key))
-
-        kept.sort(key=itemgetter(0), reverse=True)
-        if not grown:
-            return tuple(prefix for _, prefix in kept)
-        grown.sort(key=itemgetter(0), reverse=True)
-        merged: list[tuple[float, _Prefix]] = kept
-        for value, parent, label, key in grown[: self.beam_size]:
-            child = _Prefix(0.0, value, label, key, parent.key, parent.chain(), frame, frame + 1, row[label])
-            merged.append((value, child))
-        merged.sort(key=itemgetter(0), reverse=True)
-        return tuple(prefix for _, prefix in merged[: self.beam_size])
+                        candidates.append((value, prefix, label, key))
+        candidates.sort(key=itemgetter(0), reverse=True)
+        return tuple(
+            prefix
+            if label < 0
+            else _Prefix(0.0, value, label, key, prefix.key, prefix.chain(), frame, frame + 1, row[label])
+            for value, prefix, label, key in candidates[: self.beam_size]
+        )
 
 
 def _total(prefix: _Prefix) -> float:
