@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from asr_exit.config import from_mapping, require
@@ -122,9 +122,19 @@ def load_config(path: str | Path | None, overrides: dict[str, dict[str, object]]
             raise ConfigError(f"{table} must be a table: write [{table}] and its keys below it")
         section.update(pairs)
     for table, section in values.items():
-        if table in ServeConfig.NESTED and not isinstance(section, dict):
-            raise ConfigError(f"{table} must be a table: write [{table}] and its keys below it")
+        if table in ServeConfig.NESTED:
+            _check_types(table, section)
     return from_mapping(ServeConfig, values, "config")
+
+
+def _check_types(table: str, section: object) -> None:
+    """Raises ConfigError for a value whose type is not that of its default."""
+    if not isinstance(section, dict):
+        raise ConfigError(f"{table} must be a table: write [{table}] and its keys below it")
+    for known in fields(ServeConfig.NESTED[table]):
+        value, wanted = section.get(known.name, known.default), type(known.default)
+        number = wanted is float and type(value) is int
+        require(type(value) is wanted or number, f"{table}.{known.name}={value!r} must be of type {wanted.__name__}")
 
 
 def is_loopback(host: str) -> bool:

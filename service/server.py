@@ -63,7 +63,7 @@ class SpeechServer:
                 LoadController(self._model.config.num_exits, self._config.load.target_latency_ms),
                 lookahead_s=(features.window_samples - features.hop_samples) / features.sample_rate_hertz,
             )
-        self._engine_thread = EngineThread(self._engine, _poster(loop), load=load, prepare=self._limit_threads)
+        self._engine_thread = EngineThread(self._engine, poster(loop), load=load, prepare=self._limit_threads)
         choices = [ms for ms in _CHUNK_CHOICES_MS if _fits(self._model, ms)]
         description = wire.describe(self._model, self._config.stream, choices)
         self.servicer = SpeechServicer(self._model, self._engine_thread, self._config, description)
@@ -141,7 +141,9 @@ def _fits(model: Model, chunk_ms: int) -> bool:
     return True
 
 
-def _poster(loop: asyncio.AbstractEventLoop) -> Callable[[list[Event]], None]:
+def poster(loop: asyncio.AbstractEventLoop) -> Callable[[list[Event]], None]:
+    """Returns a function, callable from any thread, that runs events on `loop`; one that raises is only logged."""
+
     def deliver(events: list[Event]) -> None:
         for event in events:
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from google.protobuf.duration_pb2 import Duration
@@ -149,11 +149,6 @@ def duration(milliseconds: float) -> Duration:
     """Milliseconds as a Duration, to the microsecond."""
     seconds, micros = divmod(round(milliseconds * 1000), 1_000_000)
     return Duration(seconds=seconds, nanos=micros * 1000)
-
-
-def concatenate(transcripts: Iterable[str]) -> str:
-    """Final transcripts in order to the text of the stream."""
-    return "".join(transcripts).strip()
 
 
 def _word(word: Word) -> pb.WordInfo:

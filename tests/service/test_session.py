@@ -1,0 +1,264 @@
+"""Sessions and the engine thread on a scripted engine: backpressure, slow readers, failures, slots."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from asr_exit.budget import Budget
+from asr_exit.errors import AudioError, EngineError
+from asr_exit.stream import StreamOptions
+from service.config import LimitsConfig
+from service.engine_thread import EngineThread
+from service.errors import StreamError
+from service.outbox import Update
+from service.server import poster
+from service.session import Session, StreamRequest
+from tests.service.fake_engine import FakeEngine
+
+SECOND = bytes(32_000)
+
+
+@asynccontextmanager
+async def running(engine: FakeEngine) -> AsyncIterator[EngineThread]:
+    thread = EngineThread(engine, poster(asyncio.get_running_loop()))  # type: ignore[arg-type]
+    thread.start()
+    try:
+        yield thread
+    finally:
+        await asyncio.to_thread(thread.stop)
+        await asyncio.sleep(0)
+
+
+def request(**changes: object) -> StreamRequest:
+    values: dict[str, object] = {
+        "options": StreamOptions(),
+        "encoding": "linear16",
+        "rate_hz": 16_000,
+        "interim_results": True,
+        "word_times": False,
+    }
+    return StreamRequest(**(values | changes))  # type: ignore[arg-type]
+
+
+async def opened(thread: EngineThread, limits: LimitsConfig | None = None, **changes: object) -> Session:
+    session = Session(request(**changes), thread, limits or LimitsConfig())
+    await session.open()
+    return session
+
+
+async def drain(session: Session) -> list[Update]:
+    updates = []
+    while (update := await session.receive()) is not None:
+        updates.append(update)
+    return updates
+
+
+async def until(condition, timeout_s: float = 2.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def chunk_indices(updates: list[Update]) -> list[int]:
+    return [chunk.index for update in updates for chunk in update.chunks]
+
+
+@pytest.mark.parametrize("interim_results", [True, False])
+async def test_every_chunk_is_reported_once(interim_results: bool) -> None:
+    async with running(FakeEngine(final_every=3)) as thread:
+        session = await opened(thread, interim_results=interim_results)
+        for _ in range(5):
+            await session.send_audio(SECOND)
+        session.finish()
+        updates = await drain(session)
+    assert chunk_indices(updates) == list(range(8))
+    assert [update.result.committed for update in updates if update.lasting] == ["w0 w1 w2", "w3 w4 w5", "w6 w7"]
+    assert interim_results or all(update.lasting for update in updates)
+
+
+async def test_a_slow_reader_loses_interims_but_no_final_and_no_chunk() -> None:
+    async with running(FakeEngine(final_every=4)) as thread:
+        session = await opened(thread)
+        for _ in range(8):
+            await session.send_audio(SECOND)
+        session.finish()
+        await until(lambda: session._outbox._closed)
+        updates = await drain(session)
+    assert [update.result.committed for update in updates] == ["w0 w1 w2 w3", "w4 w5 w6 w7", "w8 w9 w10 w11", "w12"]
+    assert chunk_indices(updates) == list(range(13))
+
+
+async def test_audio_waits_while_the_engine_is_behind() -> None:
+    engine = FakeEngine()
+    engine.paused = True
+    async with running(engine) as thread:
+        session = await opened(thread, LimitsConfig(backlog_s=3.0))
+        sending = asyncio.create_task(send_seconds(session, 20))
+        await asyncio.sleep(0.1)
+        assert not sending.done()
+        assert 3.0 <= session._received_bytes / 32_000 <= 3.5
+        engine.paused = False
+        thread.submit(session._feed, noop())
+        await sending
+        session.finish()
+        assert len(chunk_indices(await drain(session))) == 32
+
+
+async def test_audio_waits_while_the_client_does_not_read() -> None:
+    async with running(FakeEngine()) as thread:
+        session = await opened(thread, LimitsConfig(unread_chunks=4))
+        sending = asyncio.create_task(send_seconds(session, 60))
+        await until(lambda: session._outbox.crowded)
+        await asyncio.sleep(0.05)
+        assert not sending.done()
+        collected = asyncio.create_task(drain(session))
+        await sending
+        session.finish()
+        assert chunk_indices(await collected) == list(range(94))
+
+
+async def test_tiny_messages_are_bounded_too() -> None:
+    engine = FakeEngine()
+    async with running(engine) as thread:
+        session = await opened(thread)
+        engine.gate.clear()
+        sending = asyncio.create_task(send_parts(session, [b"\0\0"] * 1000))
+        await asyncio.sleep(0.05)
+        assert session._received_bytes <= 2 * 65
+        engine.gate.set()
+        await sending
+        session.finish()
+        await drain(session)
+        assert engine.opened[0].samples == 1000
+
+
+async def test_a_failure_ends_its_stream_only() -> None:
+    engine = FakeEngine()
+    engine.fail_at[0, 1] = EngineError("broken")
+    async with running(engine) as thread:
+        broken, healthy = await opened(thread), await opened(thread)
+        for session in (broken, healthy):
+            await session.send_audio(SECOND)
+            await session.send_audio(SECOND)
+            session.finish()
+        assert len(chunk_indices(await drain(healthy))) == 4
+        assert (await broken.receive()) is not None
+        with pytest.raises(StreamError, match="other streams go on") as caught:
+            await drain(broken)
+        assert caught.value.code is grpc.StatusCode.INTERNAL
+        assert "broken" not in caught.value.message
+        assert engine.free_slots == 4
+
+
+async def test_a_failing_step_ends_its_streams_and_the_loop_lives_on() -> None:
+    engine = FakeEngine()
+    async with running(engine) as thread:
+        session = await opened(thread)
+        engine.raise_in_step = RuntimeError("out of memory")
+        await session.send_audio(SECOND)
+        with pytest.raises(StreamError) as caught:
+            await drain(session)
+        assert caught.value.code is grpc.StatusCode.INTERNAL
+        again = await opened(thread)
+        await again.send_audio(SECOND)
+        again.finish()
+        assert chunk_indices(await drain(again)) == [0, 1]
+        assert engine.free_slots == 4
+
+
+async def test_bad_audio_ends_its_stream_only() -> None:
+    engine = FakeEngine()
+    async with running(engine) as thread:
+        session = await opened(thread, encoding="float32")
+        await session.send_audio(b"\0\0\xc0\x7f" * 100)
+        with pytest.raises(StreamError, match="sample 0 is NaN") as caught:
+            await drain(session)
+        assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert engine.free_slots == 4
+
+
+async def test_full_then_free_again() -> None:
+    engine = FakeEngine(slots=1)
+    async with running(engine) as thread:
+        first = await opened(thread)
+        with pytest.raises(StreamError, match="try again later") as caught:
+            await opened(thread)
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        first.close()
+        first.close()
+        await until(lambda: engine.free_slots == 1)
+        (await opened(thread)).close()
+
+
+async def test_closing_drops_queued_audio() -> None:
+    engine = FakeEngine()
+    engine.paused = True
+    async with running(engine) as thread:
+        session = await opened(thread)
+        await session.send_audio(SECOND * 5)
+        session.close()
+        await until(lambda: engine.free_slots == 4)
+        with pytest.raises(StreamError):
+            await session.send_audio(SECOND)
+
+
+async def test_the_end_of_a_stream_frees_its_slot_before_the_client_reads() -> None:
+    engine = FakeEngine()
+    async with running(engine) as thread:
+        session = await opened(thread)
+        await session.send_audio(SECOND)
+        session.finish()
+        await until(lambda: engine.free_slots == 4)
+        assert chunk_indices(await drain(session)) == [0, 1]
+
+
+async def test_stopping_ends_running_streams() -> None:
+    engine = FakeEngine()
+    async with running(engine) as thread:
+        session = await opened(thread)
+    with pytest.raises(StreamError, match="shutting down") as caught:
+        await session.receive()
+    assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+    assert engine.free_slots == 4
+
+
+async def test_budget_reaches_the_engine_in_order() -> None:
+    engine = FakeEngine()
+    async with running(engine) as thread:
+        session = await opened(thread)
+        await session.send_audio(SECOND)
+        session.set_budget(Budget(mean_depth=0.5))
+        session.finish()
+        await drain(session)
+    assert engine.opened[0].budgets == [Budget(mean_depth=0.5)]
+
+
+async def test_no_audio_and_oversized_messages() -> None:
+    async with running(FakeEngine()) as thread:
+        session = await opened(thread, LimitsConfig(message_bytes=2048))
+        with pytest.raises(StreamError, match="without any audio"):
+            session.finish()
+        with pytest.raises(StreamError, match="at most 2048 bytes"):
+            await session.send_audio(bytes(2049))
+        with pytest.raises(AudioError, match="8000 to 48000"):
+            Session(request(rate_hz=4000), thread, LimitsConfig())
+
+
+async def send_seconds(session: Session, seconds: int) -> None:
+    await send_parts(session, [SECOND] * seconds)
+
+
+async def send_parts(session: Session, parts: list[bytes]) -> None:
+    for part in parts:
+        await session.send_audio(part)
+
+
+def noop():
+    from service.feed import SetBudget
+
+    return SetBudget(Budget())

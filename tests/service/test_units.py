@@ -1,0 +1,99 @@
+"""The small parts: configuration, pacing, results on their way out, stubs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from asr_exit.errors import ConfigError
+from service.config import ServeConfig, is_loopback, load_config
+from service.feed import Pace
+
+
+def test_defaults_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text('[listen]\nport = 1234\n[stream]\npolicy = "exit:4"\n')
+    config = load_config(path, {"listen": {"port": 0}, "limits": {"streams": 3}})
+    assert (config.listen.port, config.listen.host, config.stream.policy, config.limits.streams) == (
+        0,
+        "127.0.0.1",
+        "exit:4",
+        3,
+    )
+    assert load_config(None) == ServeConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[listen]\nprot = 1\n", "did you mean 'port'"),
+        ("[limit]\nstreams = 1\n", "did you mean 'limits'"),
+        ("listen = 3\n", r"write \[listen\]"),
+        ("[listen]\nport = 70000\n", "0..65535"),
+        ('[listen]\nhost = "0.0.0.0"\n', "--insecure"),
+        ('[model]\ndevice = "gpu"\n', "auto, cpu or cuda"),
+        ("[limits]\nbacklog_s = 1\n", "at least 3"),
+        ('[limits]\nstreams = "many"\n', "limits.streams"),
+        ("[listen\n", "not valid TOML"),
+    ],
+)
+def test_mistakes_in_the_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "none.toml")
+
+
+def test_beyond_loopback_only_when_allowed() -> None:
+    with pytest.raises(ConfigError, match="not encrypted"):
+        load_config(None, {"listen": {"host": "example.org"}})
+    assert load_config(None, {"listen": {"host": "0.0.0.0", "insecure": True}}).listen.insecure
+    assert all(map(is_loopback, ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"]))
+
+
+def test_latency_counts_from_the_last_sample_of_the_chunk() -> None:
+    pace = Pace()
+    for tenth in range(1, 11):
+        pace.arrived(0.1, now=tenth / 10)
+    latency, late = pace.chunk_done(0.64, lookahead_s=0.015, now=1.05)
+    assert latency == pytest.approx(0.35)
+    assert late == pytest.approx(0.35)
+
+
+def test_lookahead_that_was_not_there_yet_is_not_lateness() -> None:
+    pace = Pace()
+    pace.arrived(0.64, now=1.0)
+    pace.arrived(0.64, now=2.0)
+    assert pace.chunk_done(0.64, lookahead_s=0.015, now=2.01) == (pytest.approx(1.01), pytest.approx(0.01))
+
+
+def test_audio_sent_at_once_is_not_late() -> None:
+    pace = Pace()
+    pace.arrived(6.4, now=0.0)
+    late = [pace.chunk_done(0.64 * (index + 1), 0.0, now=0.05 * (index + 1))[1] for index in range(10)]
+    assert late[0] == pytest.approx(0.05)
+    assert max(late[1:]) == 0.0
+
+
+def test_a_slow_engine_is_late() -> None:
+    pace, late = Pace(), []
+    for index in range(5):
+        pace.arrived(0.64, now=0.64 * (index + 1))
+        late.append(pace.chunk_done(0.64 * (index + 1), 0.0, now=1.28 * (index + 1))[1])
+    assert late == [pytest.approx(0.64 * (index + 1)) for index in range(5)]
+
+
+def test_stubs_are_up_to_date() -> None:
+    pytest.importorskip("grpc_tools", reason="grpcio-tools is not installed: stubs cannot be regenerated")
+    from service import generate
+
+    stubs = generate.generate()
+    assert set(stubs) >= {"speech_pb2.py", "speech_pb2.pyi", "speech_pb2_grpc.py"}
+    assert generate.stale(stubs) == []
+    assert generate.stale({**stubs, "speech_pb2.py": ""}) == ["speech_pb2.py"]
