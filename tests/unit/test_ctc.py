@@ -45,7 +45,7 @@ def collapse(path: tuple[int, ...], before: int = BLANK) -> tuple[int, ...]:
 
 
 def enumerate_all(log_probs: np.ndarray, before: dict[int, float] | None = None) -> dict[tuple[int, ...], float]:
-    """Probability of every label sequence, summed over all alignments; `before` weighs the label of the frame before."""
+    """Probability of every label sequence, summed over all alignments; `before` weighs the label one frame earlier."""
     total: dict[tuple[int, ...], float] = defaultdict(float)
     probs = np.exp(log_probs.astype(np.float64))
     for path in itertools.product(range(probs.shape[1]), repeat=len(probs)):
@@ -114,9 +114,9 @@ def test_labels_outside_the_top_still_merge_into_kept_prefixes() -> None:
     rng = np.random.default_rng(3)
     decoder = PrefixBeamDecoder(beam_size=3, top_tokens=2)
     for _ in range(40):
-        log_probs = random_scores(rng, 6, 4, sharpness=1.5)
+        log_probs = random_scores(rng, 5, 4, sharpness=1.5)
         want, state = enumerate_all(log_probs), decoder.initial()
-        for frame in range(6):
+        for frame in range(5):
             state = decoder.advance(state, FrameScores.from_log_probs(log_probs[frame : frame + 1]))
             assert len(beam_table(state)) <= 3
         assert all(0 < p <= want[sequence] * (1 + 1e-9) for sequence, p in beam_table(state).items())
@@ -162,7 +162,8 @@ def test_spans_never_overlap() -> None:
 def test_stable_tokens_are_the_common_prefix_and_stay() -> None:
     rng, decoder, seen = np.random.default_rng(5), PrefixBeamDecoder(beam_size=4, top_tokens=4), 0
     for _ in range(20):
-        state, stable = decoder.initial(), ()
+        state = decoder.initial()
+        stable: tuple[int, ...] = ()
         for _ in range(8):
             state = decoder.advance(state, FrameScores.from_log_probs(random_scores(rng, 4, 5, sharpness=3)))
             sequences = [tuple(t.id for t in h.tokens) for h in state.hypotheses()]
@@ -233,7 +234,8 @@ def test_restart_at_every_cut_loses_and_doubles_nothing(decoder: Any) -> None:
     for _ in range(10):
         labels = np.where(rng.random(60) < 0.4, 0, rng.integers(1, 4, size=60)).tolist()
         whole = decoder.advance(decoder.initial(), peaked(labels))
-        state, collected = decoder.initial(), []
+        state = decoder.initial()
+        collected: list[int] = []
         for at in range(0, 60, 6):
             state = decoder.advance(state, peaked(labels[at : at + 6]))
             collected += ids(state)
@@ -304,7 +306,7 @@ def test_an_hours_long_stream_needs_constant_memory(decoder: Any) -> None:
             state = utterance(state)
         gc.collect()
         settled = tracemalloc.get_traced_memory()[0]
-        for _ in range(30):
+        for _ in range(15):
             state = utterance(state)
         gc.collect()
         assert tracemalloc.get_traced_memory()[0] - settled < 20_000

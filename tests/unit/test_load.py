@@ -1,0 +1,248 @@
+"""The load controller against a simulated server with a fake clock."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from asr_exit.errors import ConfigError
+from asr_exit.load import LoadController, LoadSignal
+
+CHUNK_SECONDS = 0.64
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Server:
+    """Streams that each send a chunk every 640 ms, evenly staggered; a step serves one chunk of every ready stream.
+
+    At full depth one stream needs `1 / capacity` of the machine; cost is proportional to depth.
+    """
+
+    capacity: int = 16
+    target_ms: float = 640.0
+    wish: int = 5
+    clock: Clock = field(default_factory=Clock)
+    due: dict[int, float] = field(default_factory=dict)
+    latencies_ms: list[tuple[float, float]] = field(default_factory=list)
+    ceilings: list[tuple[float, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.controller = LoadController(6, self.target_ms, self.clock)
+
+    def set_streams(self, count: int) -> None:
+        self.due = {k: self.due.get(k, self.clock.now + CHUNK_SECONDS * k / count) for k in range(count)}
+
+    def run(self, seconds: float) -> None:
+        end = self.clock.now + seconds
+        while self.clock.now < end:
+            ready = [k for k, due in self.due.items() if due <= self.clock.now]
+            if not ready:
+                self.clock.now = max(self.clock.now + 1e-3, min([*self.due.values(), self.clock.now + 0.1]))
+                if self.clock.now - (self.ceilings[-1][0] if self.ceilings else 0.0) > 0.05:
+                    self._report(0.0, 0.0, 0)
+                continue
+            depth = min(self.wish, self.controller.ceiling)
+            step = len(ready) * CHUNK_SECONDS / self.capacity * (depth + 1) / 6
+            waits = [self.clock.now - self.due[k] for k in ready]
+            self.clock.now += step
+            for k, wait in zip(ready, waits, strict=True):
+                self.latencies_ms.append((self.clock.now, 1000 * (wait + step)))
+                self.due[k] += CHUNK_SECONDS
+            still = sum(due <= self.clock.now for due in self.due.values())
+            self._report(1000 * max(waits), 1000 * step, still)
+
+    def _report(self, delay_ms: float, step_ms: float, ready: int) -> None:
+        self.controller.update(LoadSignal(delay_ms, step_ms, 640.0, ready_streams=ready, free_slots=8))
+        self.ceilings.append((self.clock.now, self.controller.ceiling))
+
+    def changes(self, since: float = 0.0) -> list[float]:
+        pairs = itertools.pairwise(self.ceilings)
+        return [now for (_, before), (now, after) in pairs if before != after and now >= since]
+
+    def worst_ms(self, since: float) -> float:
+        return max(latency for at, latency in self.latencies_ms if at >= since)
+
+
+def test_an_easy_load_is_left_at_full_depth() -> None:
+    server = Server()
+    server.set_streams(10)
+    server.run(60)
+    assert server.changes() == []
+    assert server.controller.ceiling == 5
+    assert server.worst_ms(0) < 640
+
+
+@pytest.mark.parametrize(("overload", "settled_seconds"), [(1.5, 6), (2.5, 8), (5.0, 30)])
+def test_overload_sheds_depth_keeps_real_time_and_does_not_oscillate(overload: float, settled_seconds: float) -> None:
+    """At 5.0 even the first exit leaves only a sixth of the machine to work off the backlog; it still goes."""
+    server = Server()
+    server.set_streams(int(16 * overload))
+    start = server.clock.now
+    server.run(60)
+    assert server.controller.ceiling < 6 / overload  # below what the machine can carry
+    assert server.worst_ms(start + settled_seconds) < 640  # no growing queue: latency is back under the target
+    assert server.changes(start + 8) == []
+    times = server.changes()
+    assert times
+    assert all(later - earlier >= 1.0 for earlier, later in itertools.pairwise(times))
+
+
+@pytest.mark.parametrize("overload", [1.5, 5.0])
+def test_depth_is_back_within_two_seconds_of_audio_when_load_halves(overload: float) -> None:
+    server = Server()
+    server.set_streams(int(16 * overload))
+    server.run(30)
+    assert server.controller.ceiling < 5
+    server.set_streams(8)
+    server.run(2.0)
+    assert server.controller.ceiling == 5
+    since = server.clock.now
+    server.run(30)
+    assert server.changes(since) == []
+    assert server.worst_ms(since) < 640
+
+
+def test_load_that_comes_and_goes_changes_at_most_once_a_second() -> None:
+    server = Server()
+    for streams in (24, 8, 40, 4, 24, 30, 12, 80, 2):
+        server.set_streams(streams)
+        server.run(5)
+    times = server.changes()
+    assert len(times) >= 6
+    assert all(later - earlier >= 1.0 for earlier, later in itertools.pairwise(times))
+
+
+def test_no_depth_is_shed_when_the_policy_itself_stays_shallow() -> None:
+    server = Server(wish=1)
+    server.set_streams(40)  # 2.5 times the full-depth capacity, but the policy only uses a third of the depth
+    server.run(30)
+    assert server.changes() == []
+
+
+# -- single decisions -------------------------------------------------------------------------------------------------
+
+
+def controller(clock: Clock, **options: Any) -> LoadController:
+    return LoadController(6, 100.0, clock, **options)
+
+
+def feed(control: LoadController, clock: Clock, latency_ms: float, seconds: float, **more: Any) -> None:
+    """Equal signals, 20 a second."""
+    for _ in range(round(seconds * 20)):
+        clock.now += 0.05
+        control.update(LoadSignal(latency_ms, 5.0, 640.0, **more))
+
+
+def test_one_hiccup_changes_nothing() -> None:
+    clock = Clock()
+    control = controller(clock)
+    for _ in range(10):
+        feed(control, clock, 10.0, 1.5)
+        clock.now += 0.05
+        control.update(LoadSignal(900.0, 5.0, 640.0))
+    assert control.ceiling == 5
+
+
+@pytest.mark.parametrize(("latency_ms", "ceiling"), [(120.0, 4), (220.0, 3), (500.0, 2)])
+def test_the_further_over_the_target_the_larger_the_step(latency_ms: float, ceiling: int) -> None:
+    clock = Clock()
+    control = controller(clock)
+    feed(control, clock, latency_ms, 0.1)
+    assert control.ceiling == ceiling
+    feed(control, clock, latency_ms, 0.9)
+    assert control.ceiling == ceiling  # not before a second has passed
+    feed(control, clock, latency_ms, 20.0)
+    assert control.ceiling == 0
+
+
+def test_a_backlog_that_drains_fast_enough_sheds_no_more() -> None:
+    clock = Clock()
+    control = controller(clock)
+    feed(control, clock, 1000.0, 0.1)
+    after_first = control.ceiling
+    for latency in range(980, 100, -10):  # 200 ms a second
+        feed(control, clock, float(latency), 0.05)
+    assert control.ceiling == after_first < 5
+    stuck = controller(clock)
+    feed(stuck, clock, 1000.0, 4.4)
+    assert stuck.ceiling < after_first
+
+
+def test_raising_waits_for_headroom() -> None:
+    clock = Clock()
+    control = controller(clock)
+    feed(control, clock, 500.0, 0.1)
+    assert control.ceiling == 2
+    feed(control, clock, 70.0, 10.0)  # 75 ms of 100: any step up would predict 100 or more
+    assert control.ceiling == 2
+    feed(control, clock, 45.0, 2.0)  # 50 ms: 67 ms predicted one up, 83 ms two up
+    assert control.ceiling == 3
+    feed(control, clock, 10.0, 2.0)
+    assert control.ceiling == 5
+
+
+def test_time_spent_computing_counts_even_at_low_latency() -> None:
+    clock = Clock()
+    control = LoadController(6, 1000.0, clock)
+    feed(control, clock, 3000.0, 0.1)
+    assert control.ceiling == 3
+    for _ in range(100):
+        clock.now += 0.05
+        control.update(LoadSignal(0.0, 38.0, 640.0))  # busy 76 % of the time
+    assert control.ceiling == 3
+
+
+def test_known_costs_are_used_for_the_prediction() -> None:
+    clock = Clock()
+    control = controller(clock, costs=(10.0, 10.1, 10.2, 10.3, 10.4, 10.5))  # depth is nearly free
+    feed(control, clock, 500.0, 0.1)
+    assert control.ceiling == 2
+    feed(control, clock, 70.0, 2.0)
+    assert control.ceiling == 5
+
+
+def test_a_cpu_saturated_by_others_slows_the_way_up() -> None:
+    clock = Clock()
+    control = controller(clock)
+    feed(control, clock, 500.0, 0.1)
+    feed(control, clock, 0.0, 1.1, cpu_fraction=0.99)
+    assert control.ceiling == 3
+    feed(control, clock, 0.0, 1.1, cpu_fraction=0.5)
+    assert control.ceiling == 5
+
+
+@pytest.mark.parametrize("name", ["queue_delay_ms", "step_ms", "chunk_ms", "ready_streams", "cpu_fraction"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_signals_must_be_numbers_from_zero(name: str, value: float) -> None:
+    fields: dict[str, Any] = {"queue_delay_ms": 0.0, "step_ms": 0.0, "chunk_ms": 640.0} | {name: value}
+    with pytest.raises(ConfigError, match=name):
+        LoadSignal(**fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_exits": 0}, "num_exits"),
+        ({"target_latency_ms": 0}, "target_latency_ms"),
+        ({"target_latency_ms": math.nan}, "target_latency_ms"),
+        ({"change_seconds": -1}, "change_seconds"),
+        ({"costs": (1.0, 2.0)}, "costs"),
+        ({"costs": (3.0, 2.0, 1.0)}, "costs"),
+        ({"costs": (0.0, 1.0, 2.0)}, "costs"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoadController(**({"num_exits": 3, "target_latency_ms": 100.0} | arguments))
