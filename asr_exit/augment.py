@@ -65,7 +65,7 @@ def spec_augment(
     rng: np.random.Generator,
 ) -> None:
     """Overwrite random bands and stretches of (B, F, M) `features` with `fill` (M,)."""
-    batch, frames, bands = features.shape
+    batch, _, bands = features.shape
     if config.freq_masks and config.freq_mask_bands:
         width = rng.integers(0, config.freq_mask_bands + 1, (batch, config.freq_masks, 1))
         first = (rng.random((batch, config.freq_masks, 1)) * (bands - width + 1)).astype(np.int64)
@@ -74,7 +74,7 @@ def spec_augment(
         for row in range(batch):
             features[row][:, masked[row]] = fill[masked[row]]
     if config.time_masks_per_second and config.time_mask_frames:
-        for row, length in enumerate(lengths):
+        for row, length in enumerate(lengths.tolist()):
             budget = int(config.time_masked_share * length)
             for _ in range(max(1, round(config.time_masks_per_second * length / 100))):
                 width = min(int(rng.integers(0, config.time_mask_frames + 1)), budget)

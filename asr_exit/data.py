@@ -203,8 +203,12 @@ class BatchStream:
         seed: int,
         start: Position,
         augment: Augmenter | None = None,
+        rank: int = 0,
+        world: int = 1,
         ahead: int = 4,
     ) -> None:
+        """Of every `world` batches in a row this stream yields number `rank`; an incomplete last group is left out."""
+        self._rank, self._world = rank, world
         self._store, self._plan, self._fill, self._augment = store, plan, fill, augment
         self._subsampling, self._seed, self._start = subsampling, seed, start
         self._queue: queue.Queue[tuple[Batch, Position] | BaseException] = queue.Queue(maxsize=ahead)
@@ -241,10 +245,13 @@ class BatchStream:
             epoch, first = self._start.epoch, self._start.batch
             while True:
                 batches = plan_epoch(self._store.clips, self._plan, self._subsampling, self._seed, epoch)
-                for number in range(first, len(batches)):
+                if len(batches) < self._world:
+                    raise ConfigError(f"{len(batches)} batches are too few for {self._world} processes")
+                for group in range(first, len(batches) - self._world + 1, self._world):
+                    number = group + self._rank
                     rng = np.random.default_rng((self._seed, epoch, number))
                     batch = collate(self._store, batches[number], self._fill, self._augment, rng)
-                    if not self._put((batch, Position(epoch, number + 1))):
+                    if not self._put((batch, Position(epoch, group + self._world))):
                         return
                 epoch, first = epoch + 1, 0
         except BaseException as error:  # the reader raises it; a dead thread would leave it waiting for ever

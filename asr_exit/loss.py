@@ -24,15 +24,11 @@ def ctc_loss(logits: Tensor, lengths: Tensor, targets: Tensor, target_lengths: T
         Scalar fp32. Utterances that CTC cannot place count zero.
     """
     log_probs = logits.float().log_softmax(dim=-1).transpose(0, 1)
-    total = F.ctc_loss(
-        log_probs, targets, lengths, target_lengths, blank=BLANK_ID, reduction="sum", zero_infinity=True
-    )
+    total = F.ctc_loss(log_probs, targets, lengths, target_lengths, blank=BLANK_ID, reduction="sum", zero_infinity=True)
     return total / target_lengths.sum().clamp(min=1)
 
 
-def exit_losses(
-    logits: Sequence[Tensor], lengths: Tensor, targets: Tensor, target_lengths: Tensor
-) -> Tensor:
+def exit_losses(logits: Sequence[Tensor], lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
     """`ctc_loss` of each exit, (number of exits,). One call for all exits, which are equal in shape."""
     exits = len(logits)
     stacked = torch.cat([item.float() for item in logits]).log_softmax(dim=-1).transpose(0, 1)
@@ -48,8 +44,6 @@ def exit_losses(
     return each.view(exits, -1).sum(dim=1) / target_lengths.sum().clamp(min=1)
 
 
-def random_depth(
-    batch: int, chunks: int, num_segments: int, generator: torch.Generator | None = None
-) -> Tensor:
+def random_depth(batch: int, chunks: int, num_segments: int, generator: torch.Generator | None = None) -> Tensor:
     """Segments that each chunk runs, (B, chunks) int64 uniform in 1..num_segments: what a serving policy may do."""
     return torch.randint(1, num_segments + 1, (batch, chunks), generator=generator)

@@ -1,4 +1,4 @@
-"""Finding utterances: the LibriSpeech folder layout and manifest.tsv corpora. Broken entries are counted, never fatal."""
+"""Finding utterances: the LibriSpeech folder layout and manifest.tsv corpora. Broken entries are only counted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_librispeech(subset_dir: Path) -> Corpus:
         ConfigError: there is no such folder, or nothing usable in it.
     """
     if not subset_dir.is_dir():
-        raise ConfigError(f"no LibriSpeech subset at {subset_dir}; give the folder that holds the subsets as --librispeech")
+        raise ConfigError(f"no LibriSpeech subset at {subset_dir}; --librispeech is the folder that holds the subsets")
     texts: dict[str, str] = {}
     for transcript in sorted(subset_dir.rglob("*.trans.txt")):
         for line in transcript.read_text(encoding="utf-8").splitlines():

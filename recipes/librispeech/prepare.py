@@ -39,7 +39,7 @@ def noise_corpus(folder: Path) -> Corpus:
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix in AUDIO_SUFFIXES)
     if not paths:
-        raise ConfigError(f"no sound under {folder}; leave --noise out or give a folder with {', '.join(AUDIO_SUFFIXES)}")
+        raise ConfigError(f"no sound under {folder}; leave --noise out or give a folder of {', '.join(AUDIO_SUFFIXES)}")
     return Corpus("noise", tuple(Utterance(path.stem, "noise", path, "") for path in paths))
 
 
@@ -84,8 +84,8 @@ def statistics(reports: Iterable[ShardReport]) -> tuple[list[float], list[float]
     frames = sum(report.frames for report in kept)
     if not frames:
         raise ConfigError("no training clip could be decoded; check the recordings")
-    mean = sum(report.sums for report in kept) / frames
-    variance = sum(report.squares for report in kept) / frames - mean**2
+    mean = np.sum([report.sums for report in kept], axis=0) / frames
+    variance = np.sum([report.squares for report in kept], axis=0) / frames - mean**2
     return [float(x) for x in mean], [float(x) for x in np.sqrt(np.maximum(variance, 1e-4))]
 
 
@@ -177,8 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             manifest = options.out / "synthetic" / "manifest.tsv"
             if manifest.is_file():
                 print(f"synthetic speech of an earlier run is used: {manifest}")
-            made = manifest if manifest.is_file() else synthesize(
-                options.text, options.synthetic_hours, manifest.parent, processes=options.processes
+            made = (
+                manifest
+                if manifest.is_file()
+                else synthesize(options.text, options.synthetic_hours, manifest.parent, processes=options.processes)
             )
             train += [read_manifest(made)] if made else []
         noise = [noise_corpus(options.noise)] if options.noise else []

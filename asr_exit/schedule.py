@@ -1,0 +1,102 @@
+"""What a training run does when: frozen settings, stages of growth, learning rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from asr_exit.augment import AugmentConfig
+from asr_exit.config import ModelConfig, from_mapping, require
+from asr_exit.data import BatchPlan
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the run. Growing from few segments and short utterances leaves CTC's blank plateau quickly."""
+
+    until: float  # share of the run at which the stage ends; the last stage has 1.0
+    segments: int  # how many of the model's segments run
+    batch_seconds: float
+    max_seconds: float
+    augment: bool
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run, except where it runs. Exactly one of `minutes` and `hours` sets its length."""
+
+    NESTED = {"model": ModelConfig, "augment": AugmentConfig}  # noqa: RUF012  (read by from_mapping)
+
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stages: tuple[Stage, ...] = (Stage(1.0, 6, 100.0, 17.0, True, 1e-3),)
+    minutes: float | None = None  # wall clock
+    hours: float | None = None  # of audio seen
+    seed: int = 1
+    min_seconds: float = 0.5
+    corpus_shares: tuple[tuple[str, float], ...] = ()
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    warmup_updates: int = 200
+    stage_warmup_updates: int = 50
+    decay_from: float = 0.4  # share of the run; before it the stage's learning rate holds
+    final_learning_rate: float = 0.02  # share of the stage's
+    weight_decay: float = 0.02
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    # (chunk frames, weight of the draw), 0 frames: full context
+    chunk_weights: tuple[tuple[int, float], ...] = ((2, 1.0), (4, 2.0), (8, 5.0), (16, 2.0), (0, 1.0))
+    random_depth_probability: float = 0.25  # of batches, once all segments run
+    bf16: bool = True
+    checkpoint_seconds: float = 120.0
+    evaluate_seconds: float = 480.0
+    evaluate_utterances: int = 60
+    max_bad_updates: int = 10
+
+    def __post_init__(self) -> None:
+        stages = tuple(from_mapping(Stage, s, "stages") if isinstance(s, Mapping) else s for s in self.stages)
+        object.__setattr__(self, "stages", stages)
+        for name in ("corpus_shares", "chunk_weights"):  # JSON has lists
+            object.__setattr__(self, name, tuple(tuple(item) for item in getattr(self, name)))
+        require((self.minutes is None) != (self.hours is None), "set one of minutes and hours")
+        require((self.minutes or self.hours or 0.0) > 0, "minutes or hours must be positive")
+        ends = [stage.until for stage in stages]
+        require(ends == sorted(ends) and ends[-1:] == [1.0], "stages must end in rising order, the last at 1.0")
+        require(
+            all(1 <= stage.segments <= self.model.num_exits for stage in stages),
+            f"stages must run 1 to {self.model.num_exits} segments",
+        )
+        require(any(weight > 0 for _, weight in self.chunk_weights), "one chunk weight must be positive")
+        require(
+            all(0 <= frames <= self.model.max_chunk_frames for frames, _ in self.chunk_weights),
+            f"chunks must be 0 (full context) to {self.model.max_chunk_frames} frames",
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Strict inverse of `to_dict`."""
+        return from_mapping(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready mapping."""
+        return dataclasses.asdict(self)
+
+    def stage_index(self, progress: float) -> int:
+        """Stage at `progress` in 0..1."""
+        return next((i for i, stage in enumerate(self.stages) if progress < stage.until), len(self.stages) - 1)
+
+    def plan(self, stage: Stage) -> BatchPlan:
+        """How that stage's batches are cut."""
+        return BatchPlan(stage.batch_seconds, stage.max_seconds, self.min_seconds, self.corpus_shares)
+
+    def learning_rate(self, stage: Stage, progress: float, updates: int, stage_updates: int) -> float:
+        """Warm-up at the start and, shorter, after each growth; then constant; then half a cosine."""
+        rise = min(1.0, (updates + 1) / max(1, self.warmup_updates))
+        if updates != stage_updates:
+            rise = min(rise, (stage_updates + 1) / max(1, self.stage_warmup_updates))
+        fall = min(1.0, max(0.0, (progress - self.decay_from) / max(1e-9, 1.0 - self.decay_from)))
+        floor = self.final_learning_rate
+        return stage.learning_rate * rise * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * fall)))

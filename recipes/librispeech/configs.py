@@ -1,0 +1,69 @@
+"""Training configurations: functions that return a frozen `TrainConfig`. Costs are marked measured or projected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from asr_exit.augment import AugmentConfig
+from asr_exit.config import ModelConfig
+from asr_exit.schedule import Stage, TrainConfig
+
+LIBRISPEECH_MODEL = ModelConfig()
+
+
+def tiny() -> TrainConfig:
+    """Two exits, 4 layers of 64, for tests: overfits a handful of clips within a minute on one core."""
+    model = ModelConfig(
+        vocab_size=40, d_model=64, ff_dim=128, num_heads=2, num_layers=4, subsampling=4, subsampling_channels=8
+    )
+    return TrainConfig(
+        name="tiny",
+        model=model,
+        hours=1.0,
+        stages=(Stage(0.3, 1, 20.0, 10.0, False, 4e-3), Stage(1.0, 2, 20.0, 10.0, False, 3e-3)),
+        warmup_updates=20,
+        weight_decay=0.0,
+        ema_decay=0.95,
+        random_depth_probability=0.0,
+        bf16=False,
+    )
+
+
+def mini5() -> TrainConfig:
+    """train-clean-5 on a laptop: 150 h of audio seen, about 45 minutes on two cores (projected)."""
+    return TrainConfig(name="mini5", model=LIBRISPEECH_MODEL, hours=150.0, stages=_grown(0.15, 0.35))
+
+
+def local() -> TrainConfig:
+    """All corpora given to `prepare` (here 14 h), boxed to wall-clock minutes: 95 minutes on two cores (projected)."""
+    return TrainConfig(
+        name="local",
+        model=LIBRISPEECH_MODEL,
+        minutes=95.0,
+        stages=_grown(0.24, 0.48),
+        corpus_shares=(("synthetic", 0.6), ("an4", 0.6)),
+        augment=AugmentConfig(noise_probability=0.15),
+    )
+
+
+def clean100() -> TrainConfig:
+    """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
+    return TrainConfig(name="clean100", model=LIBRISPEECH_MODEL, hours=3000.0, stages=_grown(0.05, 0.15))
+
+
+def full960() -> TrainConfig:
+    """All 960 hours: 40,000 h of audio seen; meant for an accelerator (projected, not run)."""
+    return TrainConfig(name="full960", model=LIBRISPEECH_MODEL, hours=40_000.0, stages=_grown(0.01, 0.03, 400.0))
+
+
+def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[Stage, ...]:
+    """2 segments on short utterances, then 4, then all 6; masking from the second on. Batches are per process."""
+    return (
+        Stage(to_four / 3, 2, batch_seconds / 2, 5.0, False, 2e-3),
+        Stage(to_four, 2, 0.75 * batch_seconds, 10.0, False, 2e-3),
+        Stage(to_six, 4, batch_seconds, 13.0, True, 1.8e-3),
+        Stage(1.0, 6, batch_seconds, 17.0, True, 1.5e-3),
+    )
+
+
+CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {f.__name__: f for f in (tiny, mini5, local, clean100, full960)}

@@ -1,0 +1,98 @@
+"""Train a model on what `prepare` wrote.
+
+    python -m recipes.librispeech.train --data DATA --out RUN --config local --minutes 95 [--resume]
+
+and with a process per core (faster where cores are shared with others):
+
+    torchrun --nproc-per-node 2 -m recipes.librispeech.train --threads 1 --data DATA --out RUN --config local
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asr_exit.errors import AsrExitError
+from asr_exit.parallel import Group
+from asr_exit.schedule import TrainConfig
+from asr_exit.train import Trainer
+from recipes.librispeech.configs import CONFIGS
+
+
+def provenance(config: TrainConfig, arguments: Sequence[str], threads: int, processes: int) -> dict[str, Any]:
+    """Who made this: commit, command, versions, hardware, seed."""
+    here = Path(__file__).parent
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../../asr_exit", "../../recipes")
+    return {
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "uncommitted": [line[3:] for line in changed.splitlines()],
+        "command": " ".join(["python -m recipes.librispeech.train", *(Path(a).name for a in arguments)]),
+        "seed": config.seed,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hardware": {"processor": _processor(), "processes": processes, "threads": threads, "device": "cpu"},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description="Train an early-exit model.")
+    parser.add_argument("--data", type=Path, required=True, help="what prepare wrote")
+    parser.add_argument("--out", type=Path, required=True, help="run folder")
+    parser.add_argument("--config", choices=sorted(CONFIGS), default="local")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="length of the run in wall-clock minutes")
+    length.add_argument("--hours", type=float, help="length of the run in hours of audio seen")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's state.pt")
+    options = parser.parse_args(given)
+    torch.set_num_threads(options.threads)
+    config = CONFIGS[options.config]()
+    if options.minutes is not None or options.hours is not None:
+        config = dataclasses.replace(config, minutes=options.minutes, hours=options.hours)
+    if options.seed is not None:
+        config = dataclasses.replace(config, seed=options.seed)
+    group = Group.from_environment()
+    try:
+        made = provenance(config, given, options.threads, group.size)
+        before = options.out / "provenance.json"
+        sittings = json.loads(before.read_text())["sittings"] if options.resume and before.is_file() else []
+        made = {"config": config.name, "seed": config.seed, "sittings": [*sittings, made]}
+        trainer = Trainer(config, options.data, options.out, provenance=made, group=group)
+        if options.resume:
+            trainer.resume()
+        elif (options.out / "state.pt").exists():
+            sys.exit(f"train: {options.out} holds a run already; add --resume or choose another --out")
+        trainer.run()
+    except AsrExitError as error:
+        sys.exit(f"train: {error}")
+    finally:
+        group.close()
+
+
+if __name__ == "__main__":
+    main()
