@@ -20,25 +20,25 @@ import numpy as np
 
 from asr_exit.ctc import (
     BLANK,
-    ROOT_KEY,
     FrameScores,
     TokenCell,
     TokenSpan,
+    chain_of,
     check_not_nan,
-    rechain,
-    sequence_key,
     unroll,
 )
 from asr_exit.errors import ConfigError, EngineError
+
+ROOT_KEY = 0
 
 
 class _Prefix(NamedTuple):
     """One label sequence of the beam. Probabilities are relative to the state's `log_scale`.
 
-    `key` hashes the sequence (64 bit), `parent_key` the sequence without its last label: a parent can be dropped and
-    found again while its child stayed, so object identity would not do. `closed` holds all tokens but the last;
-    `start`, `end` (exclusive) and `peak` (posterior) describe the last one; `start` is -1 if `label` belongs to the
-    text before a restart, or to nothing.
+    `key` hashes the sequence since the last restart (64 bit), `parent_key` the sequence without its last label: a parent
+    can be dropped and found again while its child stayed, so object identity would not do. `closed` holds all tokens
+    but the last; `start`, `end` (exclusive) and `peak` (posterior) describe the last one; `start` is -1 if `label`
+    belongs to the text before a restart, or to nothing.
     """
 
     p_blank: float
@@ -121,13 +121,15 @@ class BeamState:
         """Keeps the best prefix's blank and label probabilities as context; the other prefixes are dropped."""
         best = self.prefixes[0]
         total = _total(best)
-        root = best._replace(p_blank=best.p_blank / total, p_label=best.p_label / total)
-        if keep_tokens <= 0 or best.start < 0:
-            root = root._replace(key=ROOT_KEY, parent_key=None, closed=None, start=-1)
-        else:
-            closed = rechain(self.tokens()[-keep_tokens:-1])
-            parent_key = ROOT_KEY if closed is None else closed.key
-            root = root._replace(key=sequence_key(parent_key, best.label), parent_key=parent_key, closed=closed)
+        kept = self.tokens()[-keep_tokens:] if keep_tokens > 0 else ()
+        root = best._replace(
+            p_blank=best.p_blank / total,
+            p_label=best.p_label / total,
+            key=ROOT_KEY,
+            parent_key=None,
+            closed=chain_of(kept[:-1]),
+            start=best.start if kept else -1,
+        )
         return BeamState(self.num_frames, (root,), 0.0)
 
     def __repr__(self) -> str:
@@ -213,12 +215,10 @@ class PrefixBeamDecoder:
                 parent, parent_total, parent_repeating, _ = masses[prefix.parent_key]
                 entering = (parent_repeating if parent.label == label else parent_total) * row[label]
                 if entering > p_blank + p_label:
-                    closed, start, peak, end = parent.chain(), frame, 0.0, frame
+                    closed, start, peak = parent.chain(), frame, 0.0
                 p_label += entering
             if p_label > p_blank:
                 end, peak = frame + 1, max(peak, row[label])
-            elif start == end:  # just re-timed, and blank is as likely: still one frame long
-                end, peak = frame + 1, row[label]
             same = _Prefix(p_blank, p_label, label, prefix.key, prefix.parent_key, closed, start, end, peak)
             candidates.append((p_blank + p_label, same, -1, prefix.key))
 
@@ -229,7 +229,7 @@ class PrefixBeamDecoder:
                     break
                 value = (repeating if label == prefix.label else total) * row[label]
                 if value > floor:
-                    key = sequence_key(prefix.key, label)
+                    key = hash((prefix.key, label))
                     if key not in masses:
                         candidates.append((value, prefix, label, key))
         candidates.sort(key=itemgetter(0), reverse=True)

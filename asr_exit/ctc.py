@@ -21,7 +21,6 @@ import numpy as np
 from asr_exit.errors import ConfigError, EngineError
 
 BLANK = 0
-ROOT_KEY = 0  # of the empty label sequence
 
 S = TypeVar("S")
 
@@ -102,17 +101,12 @@ def unroll(cell: TokenCell | None, last: TokenSpan | None = None) -> tuple[Token
     return tuple(spans)
 
 
-def rechain(spans: Sequence[TokenSpan]) -> TokenCell | None:
-    """A new chain of `spans` alone, keyed from the beginning."""
+def chain_of(spans: Sequence[TokenSpan]) -> TokenCell | None:
+    """A new chain that holds `spans` and nothing before them."""
     cell = None
     for span in spans:
-        cell = TokenCell.push(cell, span, sequence_key(ROOT_KEY if cell is None else cell.key, span.id))
+        cell = TokenCell.push(cell, span)
     return cell
-
-
-def sequence_key(key: int, label: int) -> int:
-    """64-bit hash of a label sequence with hash `key`, one label longer."""
-    return hash((key, label))
 
 
 class CtcState(Protocol):
@@ -197,7 +191,7 @@ class GreedyState:
         if keep_tokens <= 0 or self.start < 0:
             return GreedyState(self.num_frames, None, self.label, self.label_end)
         kept = self.tokens()[-keep_tokens:]
-        return replace(self, closed=rechain(kept[:-1]))
+        return replace(self, closed=chain_of(kept[:-1]))
 
     def __repr__(self) -> str:
         return f"GreedyState(num_frames={self.num_frames}, num_tokens={self.num_stable_tokens}, label={self.label})"

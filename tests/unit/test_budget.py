@@ -287,6 +287,12 @@ def test_impossible_budgets_state_the_least_possible_value_which_is_then_accepte
         DepthBudget(Budget(**{field: least * 0.99}), cost, (2, 4))  # type: ignore[arg-type]
 
 
+def test_rounding_errors_do_not_cost_an_exit() -> None:
+    cost = CostModel(((0.1 + 0.2) * 1e9, 1e9))  # a hair more than 0.3
+    bucket = DepthBudget(Budget(mean_depth=0.3), cost, (2, 4))
+    assert bucket.ceiling(0.64, [0.1, (0.1 + 0.2) * 0.64e9]) == 1
+
+
 def test_real_time_factor_needs_a_measured_device() -> None:
     with pytest.raises(ConfigError, match="use mean_depth"):
         DepthBudget(Budget(real_time_factor=0.5), CostModel((1.0, 2.0)), (2, 4))

@@ -122,6 +122,35 @@ def test_labels_outside_the_top_still_merge_into_kept_prefixes() -> None:
         assert all(0 < p <= want[sequence] * (1 + 1e-9) for sequence, p in beam_table(state).items())
 
 
+def textbook_search(log_probs: np.ndarray, beam_size: int, top_tokens: int) -> dict[tuple[int, ...], float]:
+    """Prefix beam search as the paper writes it down: a dictionary of label sequences, without any shortcut."""
+    beam: dict[tuple[int, ...], tuple[float, float]] = {(): (1.0, 0.0)}
+    for row in np.exp(log_probs.astype(np.float64)):
+        top = set((np.argsort(-row[1:], kind="stable")[:top_tokens] + 1).tolist())
+        grown: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for sequence, (blank, label) in beam.items():
+            grown[sequence][0] += (blank + label) * row[0]
+            if sequence:
+                grown[sequence][1] += label * row[sequence[-1]]
+            for new in range(1, len(row)):
+                if new in top or (*sequence, new) in beam:
+                    repeats = bool(sequence) and sequence[-1] == new
+                    grown[(*sequence, new)][1] += (blank if repeats else blank + label) * row[new]
+        best = sorted(grown, key=lambda sequence: -sum(grown[sequence]))[:beam_size]
+        beam = {sequence: (grown[sequence][0], grown[sequence][1]) for sequence in best}
+    return {sequence: sum(masses) for sequence, masses in beam.items()}
+
+
+@pytest.mark.parametrize(("beam_size", "top_tokens"), [(1, 1), (2, 2), (4, 3), (8, 16)])
+def test_narrow_beam_equals_the_textbook(beam_size: int, top_tokens: int) -> None:
+    rng = np.random.default_rng(10)
+    decoder = PrefixBeamDecoder(beam_size=beam_size, top_tokens=top_tokens)
+    for sharpness in (0.3, 1.0, 2.0, 3.0):
+        log_probs = random_scores(rng, 25, 20, sharpness)
+        state = decoder.advance(decoder.initial(), FrameScores.from_log_probs(log_probs))
+        assert_same(beam_table(state), textbook_search(log_probs, beam_size, top_tokens))
+
+
 @pytest.mark.parametrize("beam_size", [1, 4, 8])
 def test_beam_equals_greedy_on_confident_scores_times_included(beam_size: int) -> None:
     rng = np.random.default_rng(1)

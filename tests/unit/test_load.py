@@ -193,6 +193,19 @@ def test_raising_waits_for_headroom() -> None:
     assert control.ceiling == 5
 
 
+def test_no_second_change_within_a_second_not_even_back() -> None:
+    clock = Clock()
+    control = controller(clock)
+    feed(control, clock, 500.0, 0.1)
+    while control.ceiling == 2:
+        feed(control, clock, 45.0, 0.05)
+    assert control.ceiling == 3
+    feed(control, clock, 900.0, 0.9)
+    assert control.ceiling == 3
+    feed(control, clock, 900.0, 0.15)
+    assert control.ceiling == 1
+
+
 def test_time_spent_computing_counts_even_at_low_latency() -> None:
     clock = Clock()
     control = LoadController(6, 1000.0, clock)

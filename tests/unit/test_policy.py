@@ -91,7 +91,8 @@ def test_random_depth_is_uniform_independent_and_repeatable() -> None:
     assert max(abs(count - 6000 / 36) for count in pairs.values()) < 60
     assert depths == [RandomDepth(7).max_exit(6, chunk) for chunk in range(6000)]
     other = [RandomDepth(8).max_exit(6, chunk) for chunk in range(6000)]
-    assert abs(sum(a == b for a, b in zip(depths, other, strict=True)) - 1000) < 120
+    for shifted in (depths, depths[1:]):  # neither equal to another seed's draws nor a shift of them
+        assert abs(sum(a == b for a, b in zip(shifted, other, strict=False)) - 1000) < 120
     assert RandomDepth(7).deepest(6) == 5
     assert not RandomDepth(7).needs_evidence
 
