@@ -77,7 +77,8 @@ def spec_augment(
         for row, length in enumerate(lengths.tolist()):
             budget = int(config.time_masked_share * length)
             for _ in range(max(1, round(config.time_masks_per_second * length / 100))):
-                width = min(int(rng.integers(0, config.time_mask_frames + 1)), budget)
-                start = int(rng.integers(0, length - width + 1))
-                features[row, start : start + width] = fill
-                budget -= width
+                drawn = int(rng.integers(config.time_mask_frames + 1))
+                length_masked = min(drawn, budget)
+                start = int(rng.integers(int(length) - length_masked + 1))
+                features[row, start : start + length_masked] = fill
+                budget -= length_masked

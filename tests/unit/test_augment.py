@@ -1,0 +1,78 @@
+"""SpecAugment, level and noise on feature batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asr_exit.augment import Augment, AugmentConfig, spec_augment
+from asr_exit.data import FeatureStore
+
+MEAN = np.full(80, -7.0, np.float32)
+
+
+def batch(frames: int = 400, rows: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    features = np.random.default_rng(0).normal(10.0, 1.0, (rows, frames, 80)).astype(np.float32)
+    return features, np.full(rows, frames)
+
+
+def test_masks_are_filled_with_the_mean_and_bounded() -> None:
+    features, lengths = batch()
+    config = AugmentConfig(gain_nepers=0.0)
+    spec_augment(features, lengths, config, MEAN, np.random.default_rng(1))
+    masked = features == -7.0
+    full_frames = masked.all(axis=2).sum(axis=1)
+    full_bands = masked.all(axis=1).sum(axis=1)
+    assert masked.any()
+    assert (full_frames <= config.time_masked_share * 400).all()
+    assert (full_bands <= config.freq_masks * config.freq_mask_bands).all()
+
+
+def test_longer_utterances_get_more_time_masks() -> None:
+    config = AugmentConfig(freq_masks=0, time_mask_frames=10)
+    share = {}
+    for frames in (100, 1600):
+        total = 0
+        for seed in range(20):
+            features, lengths = batch(frames, 2)
+            spec_augment(features, lengths, config, MEAN, np.random.default_rng(seed))
+            total += int((features == -7.0).all(axis=2).sum())
+        share[frames] = total
+    assert share[1600] > 5 * share[100]
+
+
+def test_same_rng_same_result() -> None:
+    results = []
+    for _ in range(2):
+        features, lengths = batch()
+        Augment(AugmentConfig(), MEAN)(features, lengths, np.random.default_rng(3))
+        results.append(features)
+    np.testing.assert_array_equal(*results)
+
+
+def test_gain_shifts_an_utterance_as_a_whole() -> None:
+    features, lengths = batch()
+    before = features.copy()
+    config = AugmentConfig(freq_masks=0, time_masks_per_second=0.0, gain_nepers=1.5)
+    Augment(config, MEAN)(features, lengths, np.random.default_rng(0))
+    shift = features - before
+    assert shift.std(axis=(1, 2)).max() < 1e-5
+    assert 0.01 < np.abs(shift).max() <= 1.5
+
+
+def test_noise_raises_power_by_the_ratio_asked(tmp_path: Path) -> None:
+    noise = np.full((50, 80), 3.0, np.float16)
+    np.save(tmp_path / "n.npy", noise)
+    clip = {"id": "n", "speaker": "n", "text": "", "start": 0, "frames": 50}
+    index = {"format": 1, "corpus": "noise", "speed": 1.0, "frames": 50, "num_mels": 80, "clips": [clip]}
+    (tmp_path / "n.json").write_text(json.dumps(index))
+    config = AugmentConfig(
+        freq_masks=0, time_masks_per_second=0.0, gain_nepers=0.0, noise_probability=1.0, noise_snr_db=(10.0, 10.0)
+    )
+    features = np.full((1, 120, 80), 5.0, np.float32)
+    Augment(config, MEAN, FeatureStore(tmp_path))(features, np.array([100]), np.random.default_rng(0))
+    assert features[0, :100].mean() == pytest.approx(5.0 + np.log(1.1), abs=1e-3)  # 10 dB: a tenth more power
+    assert (features[0, 100:] == 5.0).all()
