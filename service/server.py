@@ -48,7 +48,7 @@ class SpeechServer:
         """
         self._model = model
         self._config = config
-        self._engine = engine or Engine(model, slots=config.limits.streams, device=pick_device(config.model.device))
+        self.engine = engine or Engine(model, slots=config.limits.streams, device=pick_device(config.model.device))
         defaults = pb.StreamingConfig(encoding=pb.StreamingConfig.LINEAR16, sample_rate_hertz=16_000)
         checked: StreamOptions = wire.parse_config(defaults, config.stream, model).options
         log.debug("stream defaults: %s", checked)
@@ -63,7 +63,7 @@ class SpeechServer:
                 LoadController(self._model.config.num_exits, self._config.load.target_latency_ms),
                 lookahead_s=(features.window_samples - features.hop_samples) / features.sample_rate_hertz,
             )
-        self._engine_thread = EngineThread(self._engine, poster(loop), load=load, prepare=self._limit_threads)
+        self._engine_thread = EngineThread(self.engine, poster(loop), load=load, prepare=self._limit_threads)
         choices = [ms for ms in _CHUNK_CHOICES_MS if _fits(self._model, ms)]
         description = wire.describe(self._model, self._config.stream, choices)
         self.servicer = SpeechServicer(self._model, self._engine_thread, self._config, description)

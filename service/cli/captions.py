@@ -32,18 +32,19 @@ class CaptionView(Protocol):
         """Takes the next caption of the stream."""
 
 
-def caption_view(num_layers: int, *, as_json: bool = False, file: TextIO | None = None) -> CaptionView:
+def caption_view(exit_layers: Sequence[int], *, as_json: bool = False, file: TextIO | None = None) -> CaptionView:
     """The view that fits: JSON lines, a live display on a terminal, or plain lines anywhere else."""
     file = file or sys.stdout
     if as_json:
         return JsonView(file)
-    return LiveView(num_layers) if file.isatty() else PlainView(num_layers, file)
+    return LiveView(exit_layers) if file.isatty() else PlainView(exit_layers, file)
 
 
-def depth_bar(chunks: Sequence[ChunkDepth], num_layers: int, bars: str = BARS) -> str:
-    """One character for each chunk, its height the layer where the chunk left."""
-    top = len(bars) - 1
-    return "".join(bars[round(top * chunk.exit_layer / num_layers)] for chunk in chunks)
+def depth_bar(chunks: Sequence[ChunkDepth], exit_layers: Sequence[int], bars: str = BARS) -> str:
+    """One character for each chunk, from the lowest for the first exit to the highest for the last."""
+    scale = (len(bars) - 1) / max(1, len(exit_layers) - 1)
+    heights = {layer: bars[round(scale * index)] for index, layer in enumerate(exit_layers)}
+    return "".join(heights[chunk.exit_layer] for chunk in chunks)
 
 
 class _View:
@@ -70,8 +71,8 @@ class JsonView(_View):
 class PlainView(_View):
     """Final captions only, a line each."""
 
-    def __init__(self, num_layers: int, file: TextIO) -> None:
-        self._num_layers = num_layers
+    def __init__(self, exit_layers: Sequence[int], file: TextIO) -> None:
+        self._exit_layers = exit_layers
         self._file = file
         self._bars = BARS if _can_print(BARS, file) else ASCII_BARS
         self._chunks: list[ChunkDepth] = []
@@ -79,18 +80,19 @@ class PlainView(_View):
     def show(self, caption: Caption) -> None:
         self._chunks += real_chunks(caption.chunks)
         if caption.is_final and caption.text:
-            print(final_line(caption, self._chunks, self._num_layers, self._bars), file=self._file, flush=True)
+            parts = final_parts(caption, self._chunks, self._exit_layers, self._bars)
+            print(*parts, sep="  ", file=self._file, flush=True)
             self._chunks = []
 
 
 class LiveView(_View):
     """Finals scroll up; below them the running caption and the depth of its chunks are rewritten in place."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, exit_layers: Sequence[int]) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._num_layers = num_layers
+        self._exit_layers = exit_layers
         self._console = Console(highlight=False)
         self._bars = BARS if _can_print(BARS, sys.stdout) else ASCII_BARS
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
@@ -109,36 +111,34 @@ class LiveView(_View):
         from rich.text import Text
 
         self._chunks += real_chunks(caption.chunks)
-        if caption.is_final:
-            if caption.text:
-                line = final_line(caption, self._chunks, self._num_layers, self._bars)
-                stamp, _, rest = line.partition("  ")
-                self._console.print(
-                    Text.assemble((stamp, "dim"), "  ", (caption.text, "bold"), rest[len(caption.text) :])
-                )
-                self._chunks = []
-            self._live.update(Text(""), refresh=True)
+        if not caption.is_final:
+            tail = caption.text[len(caption.committed) :]
+            depth = self._depth_line(caption)
+            shown = Text.assemble((caption.committed, "bold"), (tail, "italic dim"), "\n", (depth, "cyan"))
+            self._live.update(shown, refresh=True)
             return
-        tail = caption.text[len(caption.committed) :]
-        self._live.update(
-            Text.assemble((caption.committed, "bold"), (tail, "italic dim"), "\n", (self._depth_line(caption), "cyan")),
-            refresh=True,
-        )
+        self._live.update(Text(""), refresh=True)
+        if caption.text:
+            stamp, text, depth = final_parts(caption, self._chunks, self._exit_layers, self._bars)
+            self._console.print(Text.assemble((stamp, "dim"), "  ", (text, "bold"), "  ", (depth, "cyan")))
+            self._chunks = []
 
     def _depth_line(self, caption: Caption) -> str:
         if not self._chunks:
             return ""
         newest = self._chunks[-1]
-        bar = depth_bar(self._chunks[-_SHOWN_BARS:], self._num_layers, self._bars)
-        return f"{bar}  layer {newest.exit_layer}/{self._num_layers} ({newest.decision}), {caption.latency_ms:.0f} ms"
+        bar = depth_bar(self._chunks[-_SHOWN_BARS:], self._exit_layers, self._bars)
+        return (
+            f"{bar}  layer {newest.exit_layer}/{self._exit_layers[-1]} ({newest.decision}), {caption.latency_ms:.0f} ms"
+        )
 
 
-def final_line(caption: Caption, chunks: Sequence[ChunkDepth], num_layers: int, bars: str) -> str:
+def final_parts(
+    caption: Caption, chunks: Sequence[ChunkDepth], exit_layers: Sequence[int], bars: str
+) -> tuple[str, str, str]:
     """Time, text, and the depth of the chunks since the last final."""
-    return (
-        f"[{caption.end_ms / 1000:6.2f} s]  {caption.text}  {depth_bar(chunks, num_layers, bars)}  "
-        f"mean layer {mean_exit_layer(chunks):.1f}"
-    )
+    depth = f"{depth_bar(chunks, exit_layers, bars)}  mean layer {mean_exit_layer(chunks):.1f}"
+    return f"[{caption.end_ms / 1000:6.2f} s]", caption.text, depth
 
 
 def _can_print(text: str, file: TextIO) -> bool:

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("each bar is one chunk: the higher, the deeper into the encoder it went", flush=True)
         parts = recorded if arguments.fast else sources.paced(recorded, 2 * rate_hz)
         begin = time.monotonic()
-        with caption_view(layers) as view:
+        with caption_view(model.config.exit_layers) as view:
             for caption in client.stream(parts, settings):
                 tally.add(caption)
                 view.show(caption)

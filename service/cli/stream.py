@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     with SpeechClient(arguments.server) as client:
         exits = client.model().exits
         tally = Tally(exits[-1].encoder_macs_per_second)
-        with caption_view(exits[-1].layer, as_json=arguments.json) as view:
+        with caption_view([item.layer for item in exits], as_json=arguments.json) as view:
             for caption in client.stream(parts, settings):
                 tally.add(caption)
                 view.show(caption)
