@@ -6,7 +6,7 @@ Shapes: B batch, T query frames, S key frames, H heads, E head dimension, D = H 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +50,32 @@ def rotary(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embedding to (B, T, H, E)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Apply rotary embedding to (B, T, N, E) with cosines and sines broadcastable to (B, T, N, E / 2)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotate.apply(x, cos, sin)
+    return _rotate(x, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float = 1.0) -> Tensor:
+    out = torch.empty_like(x)
+    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=direction)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotation whose gradient is the rotation back: four kernels each way, where autograd would record dozens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, sin, direction=-1.0), None, None
 
 
 def visible(query_pos: Tensor, key_pos: Tensor, chunk_frames: int | None, left_frames: int) -> Tensor:
@@ -89,8 +112,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, context: FrameContext, store: KeyValueStore | None) -> Tensor:
         """(B, T, D) -> (B, T, D). Without a store the keys are those of this pass (offline: an empty cache)."""
         batch, frames, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, frames, 3, self.num_heads, self.head_dim).unbind(2)
-        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        qk, v = self.qkv(x).view(batch, frames, 3 * self.num_heads, self.head_dim).tensor_split([2 * self.num_heads], 2)
+        q, k = rotate(qk, context.cos, context.sin).chunk(2, dim=2)
         if store is not None:
             k, v = store.update(k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
