@@ -35,7 +35,7 @@ ROOT_KEY = 0
 class _Prefix(NamedTuple):
     """One label sequence of the beam. Probabilities are relative to the state's `log_scale`.
 
-    `key` hashes the sequence since the last restart (64 bit), `parent_key` the sequence without its last label: a parent
+    `key` hashes the sequence since the last restart (64 bit), `parent_key` the one without its last label: a parent
     can be dropped and found again while its child stayed, so object identity would not do. `closed` holds all tokens
     but the last; `start`, `end` (exclusive) and `peak` (posterior) describe the last one; `start` is -1 if `label`
     belongs to the text before a restart, or to nothing.
