@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from asr_exit.config import ModelConfig
     from asr_exit.engine import Engine
     from asr_exit.errors import AsrExitError
-    from asr_exit.load import LoadSignal
+    from asr_exit.load_control import LoadSignal
     from asr_exit.policy import ExitPolicy, parse_policy
     from asr_exit.recognizer import Recognizer, Transcript
     from asr_exit.stream import ChunkResult, Fill, Stream, StreamOptions
@@ -24,7 +24,7 @@ _HOMES = {
     "Engine": "engine",
     "ExitPolicy": "policy",
     "Fill": "stream",
-    "LoadSignal": "load",
+    "LoadSignal": "load_control",
     "Model": "checkpoint",
     "ModelConfig": "config",
     "Recognizer": "recognizer",

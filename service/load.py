@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from asr_exit.load import LoadController, LoadSignal
+from asr_exit.load_control import LoadController, LoadSignal
 
 if TYPE_CHECKING:
     from asr_exit.stream import StepOutput

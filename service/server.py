@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from asr_exit.engine import Engine
 from asr_exit.errors import ConfigError
-from asr_exit.load import LoadController
+from asr_exit.load_control import LoadController
 from asr_exit.stream import StreamOptions
 from service import wire
 from service.device import pick_device

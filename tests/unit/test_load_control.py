@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from asr_exit.errors import ConfigError
-from asr_exit.load import LoadController, LoadSignal
+from asr_exit.load_control import LoadController, LoadSignal
 
 CHUNK_SECONDS = 0.64
 
