@@ -1,7 +1,7 @@
 """When to leave: exit policies and the evidence they look at.
 
 Before a chunk is computed the engine asks `max_exit`; after every exit shallower than that ceiling it asks `stop`.
-Budget and load may lower the ceiling further (`asr_exit.budget`, `asr_exit.load`). A policy holds no stream state, so
+Budget and load may lower the ceiling further (`asr_exit.budget`, `asr_exit.load_control`). A policy holds no stream state, so
 one object serves any number of streams. No torch here: evidence arrives as floats.
 """
 
