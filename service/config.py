@@ -51,7 +51,7 @@ class LimitsConfig:
     message_bytes: int = 1 << 20  # audio in one message
     backlog_s: float = 10.0  # audio of one stream waiting for the engine; beyond it the stream is not read on
     unread_chunks: int = 128  # results a slow reader may leave unread before its audio is not read on
-    idle_s: float = 60.0  # without a message for longer, a stream ends with DEADLINE_EXCEEDED
+    idle_s: float = 60.0  # a client that sends nothing, or reads nothing, for longer gets DEADLINE_EXCEEDED
 
     def __post_init__(self) -> None:
         require(self.streams >= 1, f"limits.streams={self.streams} must be at least 1")

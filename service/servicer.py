@@ -61,11 +61,10 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
             finally:
                 reader.cancel()
         except StreamError as error:
+            self._release(session)  # first: the status waits behind results that the client does not read
             await context.abort(error.code, error.message)
         finally:
-            if session is not None:
-                session.close()
-                self._sessions.discard(session)
+            self._release(session)
 
     async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
         """See speech.proto."""
@@ -93,10 +92,14 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
         try:
             await session.open()
         except BaseException:
-            session.close()
-            self._sessions.discard(session)
+            self._release(session)
             raise
         return session
+
+    def _release(self, session: Session | None) -> None:
+        if session is not None:
+            session.close()
+            self._sessions.discard(session)
 
     async def _read(self, context: grpc.aio.ServicerContext, session: Session) -> None:
         """Client to engine; ends the session with an error instead of raising."""
@@ -124,9 +127,21 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
         first = True
         while (update := await session.receive()) is not None:
             message = wire.response(update, word_times=session.request.word_times, first=first)
-            await context.write(message)
+            await self._send(context, message)
             result = message.results[0]
             first = first and not (result.is_final and result.alternatives)
+
+    async def _send(self, context: grpc.aio.ServicerContext, message: pb.StreamingRecognizeResponse) -> None:
+        """Waits for a client that reads slowly, but not for ever."""
+        idle_s = self._config.limits.idle_s
+        try:
+            async with asyncio.timeout(idle_s):
+                await context.write(message)
+        except TimeoutError:
+            raise StreamError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"no result was read for {idle_s:g} s: read results while sending audio",
+            ) from None
 
     async def _next(self, context: grpc.aio.ServicerContext) -> pb.StreamingRecognizeRequest | None:
         """The next request, or None when the client closed its side."""

@@ -90,15 +90,15 @@ class Session:
         return await self._outbox.get()
 
     def fail(self, error: BaseException) -> None:
-        """Ends the stream with an error, after the updates that are still unread."""
-        self._ended = True
+        """Ends the stream with an error, after the updates that are still unread. The slot is free at once."""
         self._outbox.close(to_stream_error(error))
-        self._look_again()
+        self.close()
 
     def close(self) -> None:
         """Gives the slot back; safe at any time and more than once."""
+        self._ended = True
         if not self._closed:
-            self._closed = self._ended = True
+            self._closed = True
             self._feed.abandoned = True
             self._submit(Close())
             self._look_again()

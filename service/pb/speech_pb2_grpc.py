@@ -60,7 +60,7 @@ class SpeechServicer(object):
         INVALID_ARGUMENT    the configuration, the order of messages or the audio is wrong; the message says what to change
         FAILED_PRECONDITION the model asked for is not the one served here
         RESOURCE_EXHAUSTED  all stream slots are taken; try again later
-        DEADLINE_EXCEEDED   no message arrived for longer than the server's idle timeout
+        DEADLINE_EXCEEDED   nothing was sent, or no result was read, for longer than the server's idle timeout
         UNAVAILABLE         the server is shutting down
         INTERNAL            this stream failed inside the engine; other streams are not affected
         """

@@ -20,6 +20,7 @@ from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
 from tests.conftest import babble
 from tests.service.conftest import parts, pcm16, serve_config
+from tests.service.fake_engine import FakeEngine
 from tests.service.test_streaming import config_message, text_of
 
 DATA = pcm16(babble(2.0))
@@ -214,6 +215,32 @@ def test_client_that_never_reads_leaves(server: BackgroundServer) -> None:
         time.sleep(0.5)
         call.cancel()
         assert all_slots_free(server, within_s=1.0)
+
+
+def test_client_that_neither_reads_nor_leaves(model: Model) -> None:
+    """Its results fill every buffer; the scripted engine makes many of them quickly."""
+    release = threading.Event()
+
+    def held() -> Iterator[Request]:
+        yield config_message(interim_results=True, chunk_ms=160)
+        for _ in range(1_000):
+            yield audio(bytes(32_000))
+        release.wait(10)
+
+    engine = FakeEngine()
+    limits = {"idle_s": 0.5, "unread_chunks": 16}
+    with (
+        BackgroundServer(model, serve_config(limits=limits), engine) as server,  # type: ignore[arg-type]
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        call = speech_pb2_grpc.SpeechStub(channel).StreamingRecognize(held())
+        next(call)
+        assert all_slots_free(server, within_s=10.0)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        release.set()
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "no result was read for 0.5 s" in caught.value.details()
 
 
 def all_slots_free(server: BackgroundServer, within_s: float = 1.0) -> bool:
