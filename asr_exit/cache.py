@@ -69,7 +69,9 @@ class LayerView:
 class CachePool:
     """The state of every layer for `slots` streams. A free slot is NaN throughout, so that a stale read shows."""
 
-    def __init__(self, config: ModelConfig, slots: int, tail_shapes: list[tuple[int, int]], device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, slots: int, tail_shapes: list[tuple[int, int]], device: torch.device
+    ) -> None:
         """`tail_shapes`: per subsampling stage (channels, bands), from `ConvSubsampling.tail_shapes`."""
         self.config, self.device = config, device
         window = config.left_context_frames + config.max_chunk_frames
@@ -126,7 +128,9 @@ class CachePool:
             tail.index_copy_(0, slots, value)
         return new
 
-    def begin(self, segment: int, slots: np.ndarray, frames: int, chunk_frames: int) -> tuple[FrameContext, list[LayerView]]:
+    def begin(
+        self, segment: int, slots: np.ndarray, frames: int, chunk_frames: int
+    ) -> tuple[FrameContext, list[LayerView]]:
         """Advance one segment's clocks over a chunk of (B,) slots; returns what its layers need to run or propagate.
 
         Every chunk starts on its own chunk grid, so all its frames see the same keys and the mask is (B, 1, 1, W).

@@ -128,7 +128,7 @@ class ModelConfig:
         """Encoder frames of a chunk of `chunk_ms` milliseconds.
 
         Raises:
-            ConfigError: not a whole number of frames, longer than the cache allows, or not a divisor of the left context.
+            ConfigError: not a whole number of frames, too long for the cache, or no divisor of the left context.
         """
         frames = round(chunk_ms / self.frame_ms)
         allowed = [n for n in range(1, self.max_chunk_frames + 1) if self.left_context_frames % n == 0]

@@ -5,7 +5,9 @@ Shapes: B batch, T encoder frames, D model dimension, V vocabulary. A segment is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,9 @@ class Segment(nn.Module):
 
     def __init__(self, config: ModelConfig, last: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ConformerBlock(config) for _ in range(config.exit_every))
+        self.layers = cast(
+            "list[ConformerBlock]", nn.ModuleList(ConformerBlock(config) for _ in range(config.exit_every))
+        )
         self.head = ExitHead(config.d_model, config.vocab_size)
         self.feedback = nn.Linear(config.vocab_size, config.d_model) if config.self_conditioning and not last else None
 
@@ -55,7 +59,7 @@ class Segment(nn.Module):
         self,
         x: Tensor,
         context: FrameContext,
-        states: list[LayerState] | None = None,
+        states: Sequence[LayerState] | None = None,
         gate: Tensor | None = None,
         hole: bool = False,
         want_logits: bool = True,
@@ -71,7 +75,7 @@ class Segment(nn.Module):
             x = x + (fed_back if gate is None else gate * fed_back)
         return x, logits
 
-    def propagate(self, x: Tensor, context: FrameContext, states: list[LayerState]) -> None:
+    def propagate(self, x: Tensor, context: FrameContext, states: Sequence[LayerState]) -> None:
         """Fill the states of skipped layers from the exit's hidden state x (B, T, D)."""
         for layer, state in zip(self.layers, states, strict=True):
             layer.propagate(x, context, state)
@@ -90,8 +94,9 @@ class Encoder(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(num_mels))
         self.register_buffer("feature_std", torch.ones(num_mels))
         self.subsampling = ConvSubsampling(num_mels, config.subsampling_channels, config.d_model, config.subsampling)
-        self.segments = nn.ModuleList(
-            Segment(config, last=index == config.num_exits - 1) for index in range(config.num_exits)
+        self.segments = cast(
+            "list[Segment]",
+            nn.ModuleList(Segment(config, last=index == config.num_exits - 1) for index in range(config.num_exits)),
         )
         for segment in self.segments:  # start every block near the identity, so that a grown segment disturbs nothing
             for layer in segment.layers:
@@ -152,7 +157,9 @@ class Encoder(nn.Module):
         for index, segment in enumerate(self.segments[: num_segments or len(self.segments)]):
             hole = depth is not None and fill == "hole"
             if index == 0 or hole:
-                keys = torch.where(valid & (depth[..., 0] > index) if hole and depth is not None else valid, positions, -1)
+                keys = torch.where(
+                    valid & (depth[..., 0] > index) if hole and depth is not None else valid, positions, -1
+                )
                 mask = additive(visible(positions.expand_as(keys), keys, chunk_frames, left), x.dtype)
                 context = FrameContext(cos, sin, mask, chunk_frames, valid[..., None].to(x.dtype))
             gate = None if depth is None else (depth > index).to(x.dtype)

@@ -10,15 +10,16 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 
+from asr_exit.beam import PrefixBeamDecoder
 from asr_exit.budget import Budget, CostModel, DepthBudget
 from asr_exit.cache import CachePool
 from asr_exit.captions import Captions
 from asr_exit.checkpoint import Model
-from asr_exit.beam import PrefixBeamDecoder
 from asr_exit.ctc import CtcDecoder, GreedyDecoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
 from asr_exit.evidence import score
@@ -57,15 +58,12 @@ class Engine:
         slot = self.pool.acquire()
         if slot is None:
             raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")
-        decoder: CtcDecoder = (
-            GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)
-        )
         stream = Stream(
             slot=slot,
             options=options,
             chunk_frames=chunk_frames,
             features=StreamingLogMel(self.config.features),
-            captions=Captions(decoder, self.model.tokenizer.pieces, self.config.frame_ms),
+            captions=Captions(make_decoder(options), self.model.tokenizer.pieces, self.config.frame_ms),
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
             deepest=deepest,
@@ -362,6 +360,11 @@ class Engine:
             end_of_stream=over,
             stability=1.0 if final is not None else caption.confidence,
         )
+
+
+def make_decoder(options: StreamOptions) -> CtcDecoder[Any]:
+    """The decoder that a stream asks for."""
+    return GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)
 
 
 class _blame:

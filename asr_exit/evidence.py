@@ -48,11 +48,18 @@ def score(
         return torch.where(silent, x.mean(dim=1), (x * spoken).sum(dim=1) / count.clamp(min=1))
 
     similarity = torch.cosine_similarity(before, after, dim=-1).mean(dim=1)
-    summary = [over_spoken(posterior), posterior.mean(1), over_spoken(entropy), entropy.mean(1), 1 - spoken.mean(1), similarity]
+    summary = [
+        over_spoken(posterior),
+        posterior.mean(1),
+        over_spoken(entropy),
+        entropy.mean(1),
+        1 - spoken.mean(1),
+        similarity,
+    ]
     packed = torch.cat((torch.stack(summary, dim=1), ids.to(top.dtype), top), dim=1).cpu().numpy()
     table = log_probs.cpu().numpy() if want_log_probs else None
     frames = logits.shape[1]
-    results = []
+    results: list[ExitScores] = []
     for row, previous in zip(packed, previous_ids, strict=True):
         best = row[_SUMMARY : _SUMMARY + frames].astype(np.int64)
         agreement = 0.0 if previous is None else float(np.array_equal(collapse(best), collapse(previous)))

@@ -1,8 +1,8 @@
 """When to leave: exit policies and the evidence they look at.
 
 Before a chunk is computed the engine asks `max_exit`; after every exit shallower than that ceiling it asks `stop`.
-Budget and load may lower the ceiling further (`asr_exit.budget`, `asr_exit.load_control`). A policy holds no stream state, so
-one object serves any number of streams. No torch here: evidence arrives as floats.
+Budget and load may lower the ceiling further (`asr_exit.budget`, `asr_exit.load_control`). A policy holds no stream
+state, so one object serves any number of streams. No torch here: evidence arrives as floats.
 """
 
 from __future__ import annotations

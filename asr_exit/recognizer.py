@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from asr_exit.checkpoint import Model
-from asr_exit.beam import PrefixBeamDecoder
-from asr_exit.ctc import CtcDecoder, FrameScores, GreedyDecoder
-from asr_exit.words import Word, text_from_words, words_from_tokens
-from asr_exit.engine import Engine
+from asr_exit.ctc import FrameScores
+from asr_exit.engine import Engine, make_decoder
 from asr_exit.errors import AudioError
 from asr_exit.features import log_mel
 from asr_exit.stream import ChunkResult, StreamOptions
+from asr_exit.words import Word, text_from_words, words_from_tokens
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Recognizer:
         config, options = self.model.config, self.options
         exit_index = options.policy.max_exit(config.num_exits)
         log_probs = self.log_posteriors(samples, chunk_ms)[exit_index]
-        decoder = GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)
+        decoder = make_decoder(options)
         frames = FrameScores(log_probs.argmax(axis=-1), log_probs.max(axis=-1, initial=-np.inf), log_probs)
         state = decoder.advance(decoder.initial(), frames)
         words = words_from_tokens(state.tokens(), self.model.tokenizer.pieces, config.frame_ms)

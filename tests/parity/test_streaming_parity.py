@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -62,7 +63,9 @@ def options(chunk_ms: float, policy: object = None, fill: Fill = Fill.CATCH_UP) 
     return StreamOptions(chunk_ms=chunk_ms, policy=Observed(policy or Full()), fill=fill, decoder="beam", beam_size=1)
 
 
-def run(engine: Engine, audio: list[np.ndarray], opts: list[StreamOptions], split: Callable[[int], int]) -> list[Stream]:
+def run(
+    engine: Engine, audio: list[np.ndarray], opts: list[StreamOptions], split: Callable[[int], int]
+) -> list[Stream]:
     """Feed every stream in pieces of `split(stream index)` samples, stepping in between, then finish."""
     streams = [engine.open(option) for option in opts]
     offsets = [0] * len(streams)
@@ -158,7 +161,7 @@ def test_fills_equal_the_training_pass(model: Model, fill: Fill, chunk_ms: float
     samples, depths = babble(7.0, seed=11), [3, 1, 6, 2, 2, 5, 1, 4, 6, 3, 1]
     chunk_frames = model.config.chunk_frames(chunk_ms)
     features = torch.from_numpy(log_mel(samples))[None]
-    chunks = -(-(-(-features.shape[1] // 8)) // chunk_frames)
+    chunks = math.ceil(math.ceil(features.shape[1] / 8) / chunk_frames)
     per_chunk = [depths[index % len(depths)] for index in range(chunks)]
 
     at: list[int] = []

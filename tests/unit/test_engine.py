@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -107,7 +109,7 @@ def test_every_result_accounts_for_its_chunk(model: Model) -> None:
     assert [result.chunk_index for result in results] == list(range(8))
     assert {result.exit_layer for result in results} == {6}
     assert {result.reason for result in results} == {Reason.FULL}
-    for before, after in zip(results, results[1:], strict=False):
+    for before, after in itertools.pairwise(results):
         assert after.start_ms == before.start_ms + 640
     assert results[-1].end_ms == pytest.approx(5000)
     assert all(result.encoder_macs == engine.macs.to_exit(2, 8) for result in results[:-1])
