@@ -347,7 +347,7 @@ class Engine:
         return ChunkResult(
             stream=stream,
             chunk_index=stream.chunks - 1 if chunk is None else chunk.index,
-            chunk_ms=max(0.0, end_ms - start_ms),
+            chunk_ms=0.0 if chunk is None else end_ms - start_ms,
             start_ms=min(start_ms, end_ms),
             end_ms=end_ms,
             exit_layer=self.config.exit_layers[exit_index],

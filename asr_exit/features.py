@@ -1,7 +1,8 @@
 """Kaldi-style log-mel features in numpy: the streaming and the whole-file path are the same code.
 
-Frame i covers samples [i * hop, i * hop + window): no padding at the left, so a frame never depends on how the
-samples were split into pushes. Torch-free on purpose, so that devices without torch compute the same features.
+Frame i covers the window of samples that ends at (i + 1) * hop; what lies before the recording is silence. So N samples
+give N // hop frames, a chunk needs exactly its own samples, and a frame never depends on how the samples were split into
+pushes. Torch-free on purpose, so that devices without torch compute the same features.
 """
 
 from __future__ import annotations
@@ -54,9 +55,19 @@ def log_mel(samples: np.ndarray, config: FeatureConfig | None = None) -> np.ndar
     Args:
         samples: (N,) float32 in [-1, 1] at `config.sample_rate_hertz`.
     Returns:
-        (T, num_mels) float32 with T = max(0, 1 + (N - window) // hop).
+        (T, num_mels) float32 with T = N // hop.
     """
     config = config or FeatureConfig()
+    return _log_mel(np.concatenate((_silence(config), samples)), config)
+
+
+def _silence(config: FeatureConfig) -> np.ndarray:
+    """What the first window sees before the recording."""
+    return np.zeros(config.window_samples - config.hop_samples, np.float32)
+
+
+def _log_mel(samples: np.ndarray, config: FeatureConfig) -> np.ndarray:
+    """(N,) samples -> (T, num_mels) for every window that fits."""
     num_frames = 1 + (len(samples) - config.window_samples) // config.hop_samples
     if num_frames <= 0:
         return np.zeros((0, config.num_mels), np.float32)
@@ -73,8 +84,8 @@ class StreamingLogMel:
 
     def __init__(self, config: FeatureConfig | None = None) -> None:
         self.config = config or FeatureConfig()
-        self._pending: list[np.ndarray] = []  # samples not yet consumed: one window's overlap and what followed
-        self._pending_samples = 0
+        self._pending = [_silence(self.config)]  # samples not yet consumed: one window's overlap and what followed
+        self._pending_samples = len(self._pending[0])
 
     def push(self, samples: np.ndarray) -> None:
         """Append (N,) float32 samples. Cheap for any N; `pull` does the arithmetic."""
@@ -94,7 +105,7 @@ class StreamingLogMel:
             return np.zeros((0, self.config.num_mels), np.float32)
         samples = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending)
         used = num_frames * self.config.hop_samples
-        features = log_mel(samples[: used - self.config.hop_samples + self.config.window_samples], self.config)
+        features = _log_mel(samples[: used - self.config.hop_samples + self.config.window_samples], self.config)
         self._pending = [samples[used:].copy()]  # a copy, so that the consumed part is freed
         self._pending_samples = len(self._pending[0])
         return features

@@ -143,8 +143,7 @@ class EngineThread:
         worst_late_s = 0.0
         for result in output.results:
             feed = self._feeds[result.stream]
-            lookahead_s = self._load.lookahead_s if self._load else 0.0
-            latency_s, late_s = feed.pace.chunk_done(result.end_ms / 1000, lookahead_s, now)
+            latency_s, late_s = feed.pace.chunk_done(result.end_ms / 1000, now)
             worst_late_s = max(worst_late_s, late_s)
             self._events.append(partial(feed.listener.on_result, result, 1000 * latency_s))
             if result.end_of_stream:

@@ -96,18 +96,18 @@ class Pace:
         self._last_arrival = now
         self._arrivals.append((self._position, now))
 
-    def chunk_done(self, end_s: float, lookahead_s: float, now: float) -> tuple[float, float]:
+    def chunk_done(self, end_s: float, now: float) -> tuple[float, float]:
         """Returns how long ago the last sample of the chunk ending at `end_s` arrived, and how late its result is.
 
         Late means: behind a listener who follows at real-time pace. A client that sends faster than real time is not
         kept waiting by what it has queued itself, so that does not count.
         """
-        latency = now - self._arrival_of(end_s)
-        due = max(self._arrival_of(end_s + lookahead_s), self._last_due + end_s - self._last_chunk_end)
+        arrival = self._arrival_of(end_s)
+        due = max(arrival, self._last_due + end_s - self._last_chunk_end)
         self._last_due, self._last_chunk_end = due, end_s
         while len(self._arrivals) > 1 and self._arrivals[0][0] < end_s:
             self._arrivals.popleft()
-        return max(0.0, latency), max(0.0, now - due)
+        return max(0.0, now - arrival), max(0.0, now - due)
 
     def _arrival_of(self, position_s: float) -> float:
         slack = 1e-4  # the resampler rounds

@@ -17,15 +17,7 @@ _CPU_EVERY_S = 1.0
 class LoadMonitor:
     """Turns what the engine thread sees after each step into the load ceiling for the next one."""
 
-    def __init__(
-        self,
-        controller: LoadController,
-        *,
-        lookahead_s: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`lookahead_s` is the audio beyond its end that a chunk waits for before it can run."""
-        self.lookahead_s = lookahead_s
+    def __init__(self, controller: LoadController, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._controller = controller
         self._clock = clock
         self._cpu_at = float("-inf")

@@ -56,13 +56,11 @@ class SpeechServer:
     async def start(self) -> int:
         """Listens, and returns the port. Raises ConfigError when the address cannot be bound."""
         loop = asyncio.get_running_loop()
-        features = self._model.config.features
         load = None
         if self._config.load.shed_depth:
-            load = LoadMonitor(
-                LoadController(self._model.config.num_exits, self._config.load.target_latency_ms),
-                lookahead_s=(features.window_samples - features.hop_samples) / features.sample_rate_hertz,
-            )
+            costs = [self.engine.macs.to_exit(index, 1) for index in range(self._model.config.num_exits)]
+            controller = LoadController(len(costs), self._config.load.target_latency_ms, costs=costs)
+            load = LoadMonitor(controller)
         self._engine_thread = EngineThread(self.engine, poster(loop), load=load, prepare=self._limit_threads)
         choices = [ms for ms in _CHUNK_CHOICES_MS if _fits(self._model, ms)]
         description = wire.describe(self._model, self._config.stream, choices)

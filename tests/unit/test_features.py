@@ -12,8 +12,8 @@ from tests.conftest import babble
 
 def definition(samples: np.ndarray, config: FeatureConfig, frame: int) -> np.ndarray:
     """One frame written out longhand from Kaldi's description."""
-    start = frame * config.hop_samples
-    x = samples[start : start + config.window_samples].astype(np.float64) * 32768
+    end = (frame + 1) * config.hop_samples
+    x = np.concatenate([np.zeros(400), samples])[end : end + 400].astype(np.float64) * 32768  # ends at sample `end`
     x = x - x.mean()
     y = np.empty_like(x)
     for n in range(len(x)):
@@ -34,8 +34,8 @@ def definition(samples: np.ndarray, config: FeatureConfig, frame: int) -> np.nda
 def test_log_mel_matches_its_definition() -> None:
     samples, config = babble(0.5), FeatureConfig()
     features = log_mel(samples)
-    assert features.shape == (1 + (8000 - 400) // 160, 80)
-    for frame in (0, 17, 47):
+    assert features.shape == (8000 // 160, 80)
+    for frame in (0, 1, 17, 49):
         assert np.abs(features[frame] - definition(samples, config, frame)).max() < 1e-4
 
 
@@ -64,7 +64,7 @@ def test_pushed_samples_may_be_reused_by_the_caller_after_a_pull() -> None:
     assert np.abs(np.concatenate(parts) - log_mel(samples)).max() < 1e-6
 
 
-@pytest.mark.parametrize("num_samples", [0, 1, 399])
+@pytest.mark.parametrize("num_samples", [0, 1, 159])
 def test_too_short_for_a_frame_gives_none(num_samples: int) -> None:
     assert log_mel(np.zeros(num_samples, np.float32)).shape == (0, 80)
 
