@@ -109,7 +109,6 @@ class Trainer:
         self._write("data.json", json.dumps(self.description, indent=1))
         self._write("tokenizer.model", self.tokenizer.proto)
         self.provenance = provenance or {}
-        self._write_provenance()
 
     # ---- files
 
@@ -260,6 +259,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train until the run's length is reached. Returns the last evaluation."""
+        self._write_provenance()  # not earlier: a resumed run has seen hours already
         progress = self.progress
         last_evaluation: dict[str, Any] = {}
         while self._share() < 1.0 and not self._stopped():
