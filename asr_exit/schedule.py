@@ -49,7 +49,8 @@ class TrainConfig:
     ema_decay: float = 0.999
     # (chunk frames, weight of the draw), 0 frames: full context
     chunk_weights: tuple[tuple[int, float], ...] = ((2, 1.0), (4, 2.0), (8, 5.0), (16, 2.0), (0, 1.0))
-    random_depth_probability: float = 0.25  # of batches, once all segments run
+    random_depth_probability: float = 0.25  # of batches that run all segments
+    shallow_probability: float = 0.0  # of batches that run only a random number of the first segments (Sorted LLaMA)
     bf16: bool = True
     checkpoint_seconds: float = 120.0
     evaluate_seconds: float = 480.0

@@ -104,6 +104,7 @@ class Trainer:
             fused=True,
         )
         self.progress = Progress()
+        self._measured_at = 0.0  # when wall-clock time was booked last
         out.mkdir(parents=True, exist_ok=True)
         self._write("config.json", json.dumps(config.to_dict(), indent=1))
         self._write("data.json", json.dumps(self.description, indent=1))
@@ -195,24 +196,25 @@ class Trainer:
         chunk = self.config.chunk_weights[int(rng.choice(len(weights), p=weights / weights.sum()))][0]
         features, lengths = batch.features.to(self.device), batch.feature_lengths.to(self.device)
         targets, target_lengths = batch.targets.to(self.device), batch.target_lengths.to(self.device)
-        mixed = stage.segments == self.config.model.num_exits and chunk > 0
+        segments = stage.segments
+        if rng.random() < self.config.shallow_probability:
+            segments = int(rng.integers(1, max(2, segments)))
+        mixed = segments == self.config.model.num_exits and chunk > 0
         mixed = mixed and rng.random() < self.config.random_depth_probability
         depth = None
         if mixed:
             frames = -(-features.shape[1] // self.config.model.subsampling)
             generator = torch.Generator().manual_seed(int(rng.integers(2**40)) + self.group.rank)
-            depth = random_depth(len(features), -(-frames // chunk), stage.segments, generator).to(self.device)
+            depth = random_depth(len(features), -(-frames // chunk), segments, generator).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            output = self.model(
-                features, lengths, chunk_frames=chunk or None, num_segments=stage.segments, chunk_depth=depth
-            )
+            output = self.model(features, lengths, chunk_frames=chunk or None, num_segments=segments, chunk_depth=depth)
         if output.mixed_logits is not None:
             loss = ctc_loss(output.mixed_logits, output.lengths, targets, target_lengths)
             return loss, loss.detach()[None]
         losses = exit_losses(output.logits, output.lengths, targets, target_lengths)
         return losses.mean(), losses.detach()
 
-    def _update(self, batch: Batch, stage: Stage, started: float) -> tuple[list[float], float] | None:
+    def _update(self, batch: Batch, stage: Stage) -> tuple[list[float], float] | None:
         """One step. Returns the losses and the gradient norm, or None when they were not finite (skipped)."""
         progress = self.progress
         rate = self.config.learning_rate(stage, self._share(), progress.updates, progress.stage_updates)
@@ -221,7 +223,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss, losses = self._loss(batch, stage)
         loss.backward()
-        wall = time.monotonic() - started if self.group.rank == 0 else 0.0
+        now = time.monotonic()
+        wall = now - self._measured_at if self.group.rank == 0 else 0.0
+        self._measured_at = now  # everything between two of these points counts, whatever it was
         *mean_losses, seconds, wall = self.group.reduce_gradients(
             self._parameters, [*losses.tolist(), batch.seconds, wall]
         )
@@ -245,10 +249,19 @@ class Trainer:
         return mean_losses, norm
 
     def _grow(self, before: int, after: int) -> None:
-        """New segments start close to the identity; their heads start as copies of the last head trained so far."""
-        heads = [segment.head for segment in self.model.segments if isinstance(segment, Segment)]
-        for head in heads[before:after]:
-            head.load_state_dict(heads[before - 1].state_dict())
+        """New segments start as copies of the last one trained so far, their residual branches at half strength.
+
+        Progressive stacking (Gong et al., ICML 2019). Branches that start near zero stay there for long: the residual
+        stream has outgrown them by then, and deep exits stay as good as the one they were copied from.
+        """
+        segments = [segment for segment in self.model.segments if isinstance(segment, Segment)]
+        source = segments[before - 1].state_dict()
+        for segment in segments[before:after]:
+            segment.load_state_dict({name: value for name, value in source.items() if name in segment.state_dict()})
+            for layer in segment.layers:
+                for projection in (layer.ff_in.down, layer.attention.out, layer.conv.out, layer.ff_out.down):
+                    for parameter in projection.parameters():
+                        parameter.data.mul_(0.5)
         current = self.model.state_dict()
         for index in range(before, after):
             for name in self.ema:
@@ -261,6 +274,7 @@ class Trainer:
         """Train until the run's length is reached. Returns the last evaluation."""
         self._write_provenance()  # not earlier: a resumed run has seen hours already
         progress = self.progress
+        self._measured_at = time.monotonic()
         last_evaluation: dict[str, Any] = {}
         while self._share() < 1.0 and not self._stopped():
             stage_index = self.config.stage_index(self._share())
@@ -283,7 +297,6 @@ class Trainer:
         progress, config = self.progress, self.config
         evaluation: dict[str, Any] = {}
         saved = evaluated = logged = progress.wall_seconds
-        mark = time.monotonic()
         seen_at_log, losses_at_log = progress.seconds_seen, []
         stream = BatchStream(
             self.store,
@@ -298,8 +311,8 @@ class Trainer:
         )
         with stream as batches:
             for batch, position in batches:
-                result = self._update(batch, stage, mark)
-                mark, now = time.monotonic(), progress.wall_seconds
+                result = self._update(batch, stage)
+                now = progress.wall_seconds
                 progress.updates += 1
                 progress.stage_updates += 1
                 progress.position = position
