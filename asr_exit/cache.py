@@ -95,6 +95,7 @@ class CachePool:
         ]
         self.tails = [poisoned(slots, channels, 1, bands) for channels, bands in tail_shapes]
         self.free = list(range(slots - 1, -1, -1))
+        self._shared: tuple[tuple[int, int], np.ndarray, np.ndarray, FrameContext] | None = None  # of the last `begin`
 
     def acquire(self) -> int | None:
         """Take a free slot and clear it; None when all are taken. Unwritten cells are 0: they are masked anyway."""
@@ -140,12 +141,20 @@ class CachePool:
         cells = [cache.advance(slots, frames) for cache in caches]
         slot_index = torch.from_numpy(slots).to(self.device)
         cell_index = torch.from_numpy(cells[0]).to(self.device)
-        held = torch.from_numpy(caches[0].positions[slots])
-        query = torch.from_numpy(start[:, None] + np.arange(frames))
-        mask = additive(visible(query[:, :1], held, chunk_frames, self.config.left_context_frames), torch.float32)
-        cos, sin = rotary(query, self.config.d_model // self.config.num_heads, torch.float32)
-        context = FrameContext(cos.to(self.device), sin.to(self.device), mask.to(self.device), chunk_frames)
+        context = self._context(start, caches[0].positions[slots], frames, chunk_frames)
         return context, [LayerView(cache, slot_index, cell_index) for cache in caches]
+
+    def _context(self, start: np.ndarray, held: np.ndarray, frames: int, chunk_frames: int) -> FrameContext:
+        """For chunks from frames `start` (B,) on over ring cells `held` (B, W); deeper segments mostly ask the same."""
+        sizes, last = (frames, chunk_frames), self._shared
+        if last is None or last[0] != sizes or not np.array_equal(last[1], start) or not np.array_equal(last[2], held):
+            query = torch.from_numpy(start[:, None] + np.arange(frames))
+            keys = torch.from_numpy(held)
+            mask = additive(visible(query[:, :1], keys, chunk_frames, self.config.left_context_frames), torch.float32)
+            cos, sin = rotary(query, self.config.d_model // self.config.num_heads, torch.float32)
+            context = FrameContext(cos.to(self.device), sin.to(self.device), mask.to(self.device), chunk_frames)
+            last = self._shared = (sizes, start, held, context)
+        return last[3]
 
     def leave_hole(self, segment: int, slots: np.ndarray, frames: int) -> None:
         """Advance one segment's clocks and remember nothing of the frames skipped."""

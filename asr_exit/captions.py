@@ -43,6 +43,7 @@ class Captions:
         self._revisable: deque[Chunk] = deque()
         self._viewed: tuple[tuple[object, ...], CtcState] | None = None  # what was decoded last, and the result
         self._read: tuple[CtcState, tuple[Word, ...]] | None = None
+        self._settled_words: tuple[CtcState, int] | None = None  # a settled state and how many words it has
 
     def add(self, chunk: Chunk) -> None:
         """Take the next chunk, in order."""
@@ -89,13 +90,20 @@ class Captions:
             self._read = (state, words_from_tokens(state.tokens(), self._pieces, self._frame_ms))
         return self._read[1]
 
+    def _num_settled_words(self) -> int:
+        if self._settled_words is None or self._settled_words[0] is not self._settled:
+            words = words_from_tokens(self._settled.tokens(), self._pieces, self._frame_ms)
+            self._settled_words = (self._settled, len(words))
+        return self._settled_words[1]
+
     def caption(self) -> Caption:
         """Text so far: committed words cannot change any more, the tail can."""
         view = self._view()
         words = self._words(view)
+        limit: int | None = None
         if self._revisable:
-            limit = max(0, len(words_from_tokens(self._settled.tokens(), self._pieces, self._frame_ms)) - 1)
-        else:
+            limit = max(0, self._num_settled_words() - 1)
+        elif view.num_stable_tokens < sum(word.num_tokens for word in words):
             limit = stable_word_count(view.tokens(), view.num_stable_tokens, self._pieces)
         committed, tail = split_stable(words, view.trailing_blank_frames, stable_words=limit)
         return Caption(text_from_words(committed), text_from_words(tail), words)

@@ -191,9 +191,12 @@ class Engine:
                 groups[-(-len(features) // factor)].append((stream, features))
         for frames, members in groups.items():
             with _blame([stream for stream, _ in members]):
-                batch = torch.zeros(len(members), frames * factor, self.config.features.num_mels, device=self.device)
+                padded = np.zeros((len(members), frames * factor, self.config.features.num_mels), np.float32)
                 for row, (_, features) in enumerate(members):
-                    batch[row, : len(features)] = self.encoder.normalise(torch.from_numpy(features).to(self.device))
+                    padded[row, : len(features)] = features
+                batch = self.encoder.normalise(torch.from_numpy(padded).to(self.device))
+                for row, (_, features) in enumerate(members):
+                    batch[row, len(features) :] = 0.0
                 slots = torch.tensor([stream.slot for stream, _ in members], device=self.device)
                 states, tails = self.encoder.subsampling(batch, self.pool.swap_tails(slots))
                 self.pool.swap_tails(slots, tails)
@@ -238,14 +241,15 @@ class Engine:
         slots = np.array([stream.slot for stream, _ in members])
         before = torch.stack([chunk.state for _, chunk in members])
         context, states = self.pool.begin(segment, slots, frames, chunk_frames)
-        read = any(stream.options.policy.needs_evidence or segment >= stream.cap for stream, _ in members)
+        judged = any(stream.options.policy.needs_evidence for stream, _ in members)
+        read = judged or any(segment >= stream.cap for stream, _ in members)
         after, logits = self.encoder.segments[segment](before, context, states, want_logits=read)
         cost = self.macs.segment(segment, frames, with_head=read)
         scores = None
         if read:
             beams = any(stream.options.decoder == "beam" for stream, _ in members)
             previous = [None if chunk.scores is None else chunk.scores.frames.ids for _, chunk in members]
-            scores = score(logits, before, after, previous, beams)
+            scores = score(logits, before, after, previous, beams, judged)
         for row, (stream, chunk) in enumerate(members):
             chunk.state, chunk.exit_index = after[row], segment
             stream.step_macs += cost
@@ -310,7 +314,7 @@ class Engine:
         """Whether a final is due whose text deeper exits would still revise, and the budget lets them."""
         if stream.options.fill is not Fill.CATCH_UP or stream.budget.budget.has_target or not stream.captions.revisable:
             return False
-        return self._is_over(stream) or self._endpoint(stream)
+        return self._is_over(stream) or self._endpoint(stream) or self._over_long(stream)
 
     def _drain(self, streams: list[Stream]) -> None:
         """Bring everything that waits to each stream's deepest exit."""
@@ -328,12 +332,15 @@ class Engine:
         limit = stream.options.endpoint_silence_ms
         return limit > 0 and stream.captions.silence_ms() >= limit
 
+    def _over_long(self, stream: Stream) -> bool:
+        return stream.captions.utterance_ms() > stream.options.max_utterance_ms
+
     def _result(self, stream: Stream) -> ChunkResult:
-        captions, options, over = stream.captions, stream.options, self._is_over(stream)
+        captions, over = stream.captions, self._is_over(stream)
         final = None
         if over or self._endpoint(stream):
             final = captions.take_final()
-        elif captions.utterance_ms() > options.max_utterance_ms:
+        elif self._over_long(stream):
             final = captions.take_all_but_last_word()
         caption = final or captions.caption()
         chunk = stream.current

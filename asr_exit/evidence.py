@@ -15,7 +15,7 @@ from torch import Tensor
 from asr_exit.ctc import BLANK, FrameScores
 from asr_exit.policy import Evidence
 
-_SUMMARY = 6  # columns before the per-frame ones
+UNJUDGED = Evidence(math.nan, math.nan, math.nan, math.nan, math.nan)  # stops no chunk
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,40 @@ class ExitScores:
 
 
 def score(
-    logits: Tensor, before: Tensor, after: Tensor, previous_ids: list[np.ndarray | None], want_log_probs: bool
+    logits: Tensor,
+    before: Tensor,
+    after: Tensor,
+    previous_ids: list[np.ndarray | None],
+    want_log_probs: bool,
+    want_evidence: bool = True,
 ) -> list[ExitScores]:
-    """Per-stream scores and evidence of a batch.
+    """Per-stream scores and, if wanted, evidence of a batch.
 
     Args:
         logits: (B, T, V) of this exit. before, after: (B, T, D) hidden states around the segment.
         previous_ids: per stream the (T,) best pieces of the exit before, or None.
         want_log_probs: also bring (T, V) log-posteriors to the host (beam search needs them).
+        want_evidence: a policy will look at it. False saves most of this function's time; evidence is then `UNJUDGED`.
     """
     log_probs = logits.float().log_softmax(dim=-1)
     top, ids = log_probs.max(dim=-1)
-    entropy = -(log_probs.exp() * log_probs).sum(dim=-1) / math.log(logits.shape[-1])
+    summary = _summary(log_probs, top, ids, before, after) if want_evidence else top[:, :0]
+    packed = torch.cat((summary, ids.to(top.dtype), top), dim=1).cpu().numpy()
+    table = log_probs.cpu().numpy() if want_log_probs else None
+    first, frames = summary.shape[1], logits.shape[1]
+    results: list[ExitScores] = []
+    for index, (row, previous) in enumerate(zip(packed, previous_ids, strict=True)):
+        best = row[first : first + frames].astype(np.int64)
+        scores = FrameScores(best, row[first + frames :], None if table is None else table[index])
+        results.append(
+            ExitScores(scores, _evidence(row[:first].tolist(), best, previous) if want_evidence else UNJUDGED)
+        )
+    return results
+
+
+def _summary(log_probs: Tensor, top: Tensor, ids: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """(B, 6) in the order in which `_evidence` reads it."""
+    entropy = -(log_probs.exp() * log_probs).sum(dim=-1) / math.log(log_probs.shape[-1])
     spoken = (ids != BLANK).to(top.dtype)
     count = spoken.sum(dim=1)
     silent = count == 0
@@ -48,7 +70,7 @@ def score(
         return torch.where(silent, x.mean(dim=1), (x * spoken).sum(dim=1) / count.clamp(min=1))
 
     similarity = torch.cosine_similarity(before, after, dim=-1).mean(dim=1)
-    summary = [
+    columns = [
         over_spoken(posterior),
         posterior.mean(1),
         over_spoken(entropy),
@@ -56,27 +78,19 @@ def score(
         1 - spoken.mean(1),
         similarity,
     ]
-    packed = torch.cat((torch.stack(summary, dim=1), ids.to(top.dtype), top), dim=1).cpu().numpy()
-    table = log_probs.cpu().numpy() if want_log_probs else None
-    frames = logits.shape[1]
-    results: list[ExitScores] = []
-    for row, previous in zip(packed, previous_ids, strict=True):
-        best = row[_SUMMARY : _SUMMARY + frames].astype(np.int64)
-        agreement = 0.0 if previous is None else float(np.array_equal(collapse(best), collapse(previous)))
-        values = row[:_SUMMARY].tolist()
-        evidence = Evidence(
-            max_posterior=values[0],
-            max_posterior_all=values[1],
-            entropy=values[2],
-            entropy_all=values[3],
-            blank_mass=values[4],
-            agreement=agreement,
-            similarity=values[5],
-        )
-        index = len(results)
-        scores = FrameScores(best, row[_SUMMARY + frames :], None if table is None else table[index])
-        results.append(ExitScores(scores, evidence))
-    return results
+    return torch.stack(columns, dim=1)
+
+
+def _evidence(summary: list[float], best: np.ndarray, previous: np.ndarray | None) -> Evidence:
+    return Evidence(
+        max_posterior=summary[0],
+        max_posterior_all=summary[1],
+        entropy=summary[2],
+        entropy_all=summary[3],
+        blank_mass=summary[4],
+        agreement=0.0 if previous is None else float(np.array_equal(collapse(best), collapse(previous))),
+        similarity=summary[5],
+    )
 
 
 def collapse(ids: np.ndarray) -> np.ndarray:
