@@ -11,8 +11,9 @@ exits' own passes over the recording (offline, same chunk mask, one exit through
 its tokens that touch the `WINDOW_FRAMES` frames before or after the edge are counted in the pass of a (n_a), in that of
 b (n_b) and in the spliced stream (n). Then
 
-    doubled += max(0, n - max(n_a, n_b))        written more often than either exit alone would
-    dropped += max(0, min(n_a, n_b) - n)        written less often than both exits alone would
+    doubled += max(0, n - max(n_a, n_b))    if n_a or n_b: written more often than either exit alone would
+    foreign += n                            if neither: the fill changed what the exit says, not the seam
+    dropped += max(0, min(n_a, n_b) - n)    written less often than both exits alone would
 
 Edges where the depth stays the same are counted apart: what happens there is not the change of depth, but the fill that
 earlier shallow chunks left in the deeper layers. The labels are decoded twice, with the greedy decoder's seam handling
@@ -54,7 +55,7 @@ class RevisedDifference:
 
 @dataclass
 class SeamCounts:
-    """Tokens doubled and dropped at the edges between chunks, for one fill and one way of decoding."""
+    """Tokens doubled, dropped and foreign at the edges between chunks, for one fill and one way of decoding."""
 
     fill: str
     seam_handling: bool
@@ -63,6 +64,7 @@ class SeamCounts:
     witnessed: int = 0  # tokens that both exits' own passes put at an edge
     doubled: int = 0
     dropped: int = 0
+    foreign: int = 0
 
     def per_thousand(self, count: int) -> float:
         """`count` per 1,000 edges."""
@@ -171,7 +173,10 @@ def count_edges(
         for label in left.keys() | right.keys() | written.keys():
             most, least = max(left[label], right[label]), min(left[label], right[label])
             counts.witnessed += least
-            counts.doubled += max(0, written[label] - most)
+            if most:
+                counts.doubled += max(0, written[label] - most)
+            else:
+                counts.foreign += written[label]
             counts.dropped += max(0, least - written[label])
 
 

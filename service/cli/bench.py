@@ -202,6 +202,7 @@ def _switches(arguments: argparse.Namespace) -> int:
         | {
             "doubled_per_thousand": counts.per_thousand(counts.doubled),
             "dropped_per_thousand": counts.per_thousand(counts.dropped),
+            "foreign_per_thousand": counts.per_thousand(counts.foreign),
         }
         for counts in report.seams
     ]
@@ -226,6 +227,7 @@ def _switches(arguments: argparse.Namespace) -> int:
         "dropped",
         "doubled ‰",
         "dropped ‰",
+        "foreign ‰",
     )
     cells = [
         (
@@ -238,6 +240,7 @@ def _switches(arguments: argparse.Namespace) -> int:
             counts.dropped,
             f"{counts.per_thousand(counts.doubled):.1f}",
             f"{counts.per_thousand(counts.dropped):.1f}",
+            f"{counts.per_thousand(counts.foreign):.1f}",
         )
         for counts in report.seams
     ]

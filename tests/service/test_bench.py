@@ -152,6 +152,9 @@ def test_tokens_doubled_and_dropped_at_an_edge() -> None:
     assert (changed.doubled, changed.dropped, changed.per_thousand(changed.dropped)) == (0, 1, 500)
     changed, same = count([0, 1, 1], seam_frames=2)
     assert (changed.edges, same.edges, changed.dropped, same.dropped) == (1, 1, 0, 1)
+    chunks[1] = scores(0, 7, 0, 0, 8, 0)  # a label that neither exit alone writes there
+    changed, _ = count([0, 1, 0], seam_frames=2)
+    assert (changed.doubled, changed.foreign) == (0, 1)
 
 
 def test_difference_shows_only_what_differs() -> None:
