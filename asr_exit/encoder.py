@@ -44,7 +44,9 @@ class Segment(nn.Module):
     """The layers between two exits, the exit after them, and the optional self-conditioning that feeds it back.
 
     Self-conditioning (arXiv 2104.02724) adds a projection of the exit's posteriors to the state that deeper segments
-    read. The state handed on is therefore complete: it can wait in an inbox, or be propagated, as it is.
+    read, and the state handed on has unit root mean square times a learned gain: without that the residual stream
+    outgrows its branches, and deep layers can hardly change it. Every reader of the state normalises it first, so a
+    state can wait in an inbox, or be propagated past any number of segments, as it is.
     """
 
     def __init__(self, config: ModelConfig, last: bool) -> None:
@@ -54,6 +56,7 @@ class Segment(nn.Module):
         )
         self.head = ExitHead(config.d_model, config.vocab_size)
         self.feedback = nn.Linear(config.vocab_size, config.d_model) if config.self_conditioning and not last else None
+        self.gain = None if last else nn.Parameter(torch.ones(()))
 
     def forward(
         self,
@@ -67,12 +70,12 @@ class Segment(nn.Module):
         """(B, T, D) -> the next segment's input (B, T, D), and the exit's logits (B, T, V) if wanted."""
         for index, layer in enumerate(self.layers):
             x = layer(x, context, None if states is None else states[index], gate, hole)
-        if not want_logits and self.feedback is None:
-            return x, None
-        logits = self.head(x)
-        if self.feedback is not None:
+        logits = self.head(x) if want_logits or self.feedback is not None else None
+        if self.feedback is not None and logits is not None:
             fed_back = self.feedback(logits.softmax(dim=-1))
             x = x + (fed_back if gate is None else gate * fed_back)
+        if self.gain is not None:
+            x = nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) * self.gain.to(x.dtype)
         return x, logits
 
     def propagate(self, x: Tensor, context: FrameContext, states: Sequence[LayerState]) -> None:
