@@ -16,13 +16,9 @@ _CALIBRATED = ("posterior", "entropy")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One set of recordings and how to run them."""
     from service.cli.options import add_model_options
+    from service.cli.recordings import add_recordings_options
 
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--manifest", metavar="TSV", help="first line names the columns: path and transcript are needed"
-    )
-    source.add_argument("--librispeech", metavar="DIR", help="folder with LibriSpeech subsets; needs --subset")
-    parser.add_argument("--subset", metavar="NAME", help="of LibriSpeech, e.g. dev-clean")
+    add_recordings_options(parser)
     parser.add_argument("--chunk-ms", type=int, choices=(160, 320, 640, 1280), default=640, help="default: 640")
     parser.add_argument(
         "--policies",
@@ -35,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="what skipped layers get (default: propagate; catch_up brings every final text to full depth)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N recordings")
     parser.add_argument("--streams", type=int, default=16, metavar="N", help="recordings at a time (default: 16)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     add_model_options(parser)
@@ -52,18 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
     from asr_exit.config import require
     from asr_exit.engine import Engine
     from service.cli.options import load_model
-    from service.corpus import read_librispeech, read_manifest
+    from service.cli.recordings import list_recordings
     from service.evaluation import evaluate
 
-    require(arguments.limit is None or arguments.limit >= 1, f"--limit {arguments.limit} must be at least 1")
     require(arguments.streams >= 1, f"--streams {arguments.streams} must be at least 1")
-    if arguments.manifest:
-        require(not arguments.subset, "--subset belongs to --librispeech")
-        utterances = read_manifest(arguments.manifest)
-    else:
-        require(bool(arguments.subset), "--librispeech needs --subset, e.g. --subset dev-clean")
-        utterances = read_librispeech(arguments.librispeech, arguments.subset)
-    utterances = utterances[: arguments.limit]
+    utterances = list_recordings(arguments)
     model, device = load_model(arguments)
     policies = _policies(arguments, model)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
