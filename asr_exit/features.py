@@ -1,7 +1,7 @@
 """Kaldi-style log-mel features in numpy: the streaming and the whole-file path are the same code.
 
 Frame i covers the window of samples that ends at (i + 1) * hop; what lies before the recording is silence. So N samples
-give N // hop frames, a chunk needs exactly its own samples, and a frame never depends on how the samples were split into
+give N // hop frames, a chunk needs exactly its own samples, and no frame depends on how samples were split into
 pushes. Torch-free on purpose, so that devices without torch compute the same features.
 """
 

@@ -219,7 +219,9 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def parse_policy(spec: str, *, exit_layers: Sequence[int], calibration: Mapping[str, Any] | None = None) -> ExitPolicy:
-    """Policy from text: full, exit:4 (or fixed:4), posterior[:0.9], entropy[:0.2], random[:seed].
+    """Policy from text: auto, full, exit:4 (or fixed:4), posterior[:0.9], entropy[:0.2], random[:seed].
+
+    "auto" is "posterior" where the model is calibrated for it, else "full".
 
     Per-exit thresholds are separated by slashes: "posterior:0.95/0.9/0.9/0.85/0.8", with "-" for "not here".
     "posterior" and "entropy" without a number use `calibration["posterior"]["thresholds"]` (one number, or a list with
@@ -233,8 +235,8 @@ def parse_policy(spec: str, *, exit_layers: Sequence[int], calibration: Mapping[
         near = difflib.get_close_matches(name, _PARSERS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"unknown policy {spec!r}; {hint}Known: full, exit:LAYER, posterior[:THRESHOLD], entropy[:THRESHOLD], "
-            "random[:SEED]"
+            f"unknown policy {spec!r}; {hint}Known: auto, full, exit:LAYER, posterior[:THRESHOLD], "
+            "entropy[:THRESHOLD], random[:SEED]"
         )
     if colon and not argument:
         raise ConfigError(f"policy {spec!r}: nothing follows the colon")
@@ -293,7 +295,15 @@ def _calibrated(name: str, calibration: Mapping[str, Any]) -> list[float | None]
     return values
 
 
+def _parse_auto(name: str, argument: str, exit_layers: tuple[int, ...], calibration: Mapping[str, Any]) -> ExitPolicy:
+    if argument:
+        raise ConfigError(f"policy 'auto' takes no argument, got {argument!r}; did you mean 'posterior:{argument}'?")
+    calibrated = "thresholds" in calibration.get("posterior", {})
+    return _parse_threshold("posterior", "", exit_layers, calibration) if calibrated else Full()
+
+
 _PARSERS: dict[str, Callable[[str, str, tuple[int, ...], Mapping[str, Any]], ExitPolicy]] = {
+    "auto": _parse_auto,
     "full": _parse_full,
     "fixed": _parse_fixed,
     "exit": _parse_fixed,

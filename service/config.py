@@ -68,8 +68,8 @@ class StreamDefaults:
     """What a request gets for the fields it leaves empty."""
 
     chunk_ms: int = 640
-    policy: str = "full"
-    fill: str = "catch_up"
+    policy: str = "auto"  # posterior where the model is calibrated for it, else full
+    fill: str = "propagate"  # what the calibration was made with; catch_up brings every final text to full depth
     endpoint_silence_ms: int = 960  # silence that ends an utterance; 0: only the end of the stream does
 
 

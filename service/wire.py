@@ -25,7 +25,7 @@ ENCODINGS: dict[pb.StreamingConfig.AudioEncoding, Encoding] = {
     pb.StreamingConfig.LINEAR16: "linear16",
     pb.StreamingConfig.FLOAT32: "float32",
 }
-POLICIES = ("full", "fixed", "posterior", "entropy")
+POLICIES = ("auto", "full", "fixed", "posterior", "entropy")
 DECISIONS: dict[Reason, pb.ChunkReport.Decision] = {
     Reason.CONFIDENT: pb.ChunkReport.CONFIDENT,
     Reason.BUDGET: pb.ChunkReport.BUDGET,

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = StreamSettings(
         rate_hz=rate_hz,
         chunk_ms=arguments.chunk_ms or 0,
-        policy=arguments.policy or ("posterior" if "posterior" in model.calibration else "full"),
+        policy=arguments.policy,
         fill=arguments.fill,
         budget=Budget.parse(arguments.budget) if arguments.budget else Budget(),
     )

@@ -17,7 +17,7 @@ def add_recognition_options(parser: argparse.ArgumentParser, *, chunk_ms: int | 
         "--chunk-ms", type=int, choices=(160, 320, 640, 1280), help=f"audio per chunk (default: {shown})"
     )
     parser.add_argument(
-        "--policy", default="", metavar="P", help="full, exit:LAYER, posterior[:THRESHOLD] or entropy[:THRESHOLD]"
+        "--policy", default="", metavar="P", help="auto, full, exit:LAYER, posterior[:THRESHOLD] or entropy[:THRESHOLD]"
     )
     parser.add_argument(
         "--budget",
@@ -26,7 +26,7 @@ def add_recognition_options(parser: argparse.ArgumentParser, *, chunk_ms: int | 
         "joined by commas",
     )
     parser.add_argument(
-        "--fill", default="", metavar="F", help="what skipped layers get: catch_up (default), propagate or hole"
+        "--fill", default="", metavar="F", help="what skipped layers get: propagate (default), catch_up or hole"
     )
 
 
@@ -63,5 +63,5 @@ def stream_options(arguments: argparse.Namespace, model: Model) -> StreamOptions
             arguments.policy or "full", exit_layers=model.config.exit_layers, calibration=model.calibration
         ),
         budget=Budget.parse(arguments.budget) if arguments.budget else Budget(),
-        fill=Fill.parse(arguments.fill or "catch_up"),
+        fill=Fill.parse(arguments.fill or "propagate"),
     )

@@ -50,12 +50,21 @@ def config_message(**changes: object) -> pb.StreamingRecognizeRequest:
 
 
 @pytest.mark.parametrize(
-    ("policy", "chunk_ms"), [("full", 640), ("exit:2", 320), ("posterior:0.4", 640), ("random:5", 160), ("full", 1280)]
+    ("policy", "chunk_ms", "fill"),
+    [
+        ("full", 640, "catch_up"),
+        ("exit:2", 320, "propagate"),
+        ("posterior:0.4", 640, "catch_up"),
+        ("posterior:0.4", 320, "propagate"),
+        ("random:5", 160, "hole"),
+        ("random:5", 640, "catch_up"),
+        ("full", 1280, "hole"),
+    ],
 )
-def test_text_is_the_librarys(client: SpeechClient, model: Model, policy: str, chunk_ms: int) -> None:
-    captions = list(client.stream(parts(DATA, 3200), StreamSettings(chunk_ms=chunk_ms, policy=policy)))
+def test_text_is_the_librarys(client: SpeechClient, model: Model, policy: str, chunk_ms: int, fill: str) -> None:
+    captions = list(client.stream(parts(DATA, 3200), StreamSettings(chunk_ms=chunk_ms, policy=policy, fill=fill)))
     parsed = parse_policy(policy, exit_layers=model.config.exit_layers, calibration={})
-    expected = transcript(model, chunk_ms=chunk_ms, policy=parsed)
+    expected = transcript(model, chunk_ms=chunk_ms, policy=parsed, fill=Fill(fill))
     assert expected
     assert text_of(captions) == expected
 
@@ -112,9 +121,10 @@ def test_word_times(client: SpeechClient) -> None:
 def test_concatenated_finals_are_the_transcript() -> None:
     """A model that often hears nothing and a short endpoint, so that there are several finals."""
     model = random_model()
+    deepest = Recognizer(model).log_posteriors(HEARD, 160)[-1]
+    gap = deepest[:, 1:].max(axis=1) - deepest[:, 0]
     with torch.no_grad():
-        for segment in model.encoder.segments:
-            segment.head.out.bias[0] += 2.0
+        model.encoder.segments[-1].head.out.bias[0] += float(np.quantile(gap, 0.7))
     with BackgroundServer(model, serve_config(stream={"endpoint_silence_ms": 80})) as server:
         audio_messages = [pb.StreamingRecognizeRequest(audio_content=part) for part in parts(DATA)]
         responses = raw(server, config_message(chunk_ms=160), *audio_messages)

@@ -139,7 +139,7 @@ def test_exits_of_other_models() -> None:
     [
         ("posteriour:0.9", "did you mean 'posterior'"),
         ("fulll", "did you mean 'full'"),
-        ("xyzzy", "Known: full, exit:LAYER"),
+        ("xyzzy", "Known: auto, full, exit:LAYER"),
         ("", "unknown policy"),
         ("full:3", "takes no argument"),
         ("exit", "exit:2/4/6/8/10/12"),
@@ -172,3 +172,12 @@ def test_broken_calibration_is_refused(stored: Any) -> None:
 
 def test_reasons_are_lower_case_words() -> None:
     assert [str(reason) for reason in Reason] == ["confident", "budget", "load", "full", "final"]
+
+
+def test_auto_is_posterior_where_the_model_is_calibrated_and_full_depth_elsewhere() -> None:
+    layers = (2, 4, 6)
+    assert parse_policy("auto", exit_layers=layers) == Full()
+    calibrated = parse_policy("auto", exit_layers=layers, calibration={"posterior": {"thresholds": [0.9, 0.8, None]}})
+    assert calibrated == Posterior((0.9, 0.8, None))
+    with pytest.raises(ConfigError, match="posterior"):
+        parse_policy("auto:0.9", exit_layers=layers)
