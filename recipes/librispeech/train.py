@@ -39,7 +39,7 @@ def provenance(config: TrainConfig, arguments: Sequence[str], threads: int, proc
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "../../asr_exit", "../../recipes")
     return {
         "commit": git("rev-parse", "HEAD") or "unknown",
-        "uncommitted": [line[3:] for line in changed.splitlines()],
+        "uncommitted": [line.split(maxsplit=1)[1] for line in changed.splitlines()],
         "command": " ".join(["python -m recipes.librispeech.train", *(Path(a).name for a in arguments)]),
         "seed": config.seed,
         "python": platform.python_version(),
