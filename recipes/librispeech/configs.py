@@ -41,7 +41,7 @@ def local() -> TrainConfig:
         model=LIBRISPEECH_MODEL,
         minutes=95.0,
         stages=(*_grown(0.24, 0.46)[:3], Stage(1.0, 6, 100.0, 17.0, True, 1.5e-3)),
-        shallow_probability=0.5,
+        shallow_probability=0.7,
         corpus_shares=(("synthetic", 0.6), ("an4", 0.6)),
         augment=AugmentConfig(noise_probability=0.15),
     )
