@@ -342,6 +342,8 @@ class Engine:
             final = captions.take_final()
         elif self._over_long(stream):
             final = captions.take_all_but_last_word()
+            if final is None and captions.utterance_ms() > 2 * stream.options.max_utterance_ms:  # one endless word
+                final = captions.take_final()
         caption = final or captions.caption()
         chunk = stream.current
         end_ms = stream.samples / self.config.features.sample_rate_hertz * 1000

@@ -234,8 +234,8 @@ def test_a_long_silence_ends_the_utterance_and_nothing_is_lost() -> None:
     assert all(not result.tail for result in finals)
 
 
-def test_an_endless_utterance_is_cut_between_words(model: Model) -> None:
-    samples = babble(30.0, 5)
+def test_an_endless_utterance_is_cut_between_words() -> None:
+    model, samples = random_model(seed=4), babble(30.0, 5)  # one that writes many words
     engine = Engine(model, slots=1)
     stream = engine.open(StreamOptions(endpoint_silence_ms=0, max_utterance_ms=5_000))
     engine.push(stream, samples)
@@ -244,6 +244,16 @@ def test_an_endless_utterance_is_cut_between_words(model: Model) -> None:
     assert len(finals) >= 4
     whole = Recognizer(model, StreamOptions(endpoint_silence_ms=0, max_utterance_ms=10**9)).transcribe(samples)
     assert " ".join(r.committed for r in finals if r.committed) == whole.text
+
+
+def test_an_endless_word_is_cut_in_the_end() -> None:
+    model = random_model(seed=2)
+    starts = torch.tensor([piece.startswith("▁") for piece in model.tokenizer.pieces])
+    model.encoder.segments[-1].head.out.bias[starts] -= 100.0
+    results = feed(Engine(model, slots=1), 30.0, StreamOptions(endpoint_silence_ms=0, max_utterance_ms=5_000))
+    finals = [result for result in results if result.is_final]
+    assert len(finals) >= 2
+    assert all(len(result.committed.split()) <= 1 for result in finals)
 
 
 def test_committed_text_only_grows_within_an_utterance(model: Model) -> None:
