@@ -43,10 +43,12 @@ def load_model(arguments: argparse.Namespace) -> tuple[Model, str]:
 
     from asr_exit.checkpoint import load
     from asr_exit.config import require
+    from service.allocator import keep_freed_memory
     from service.device import pick_device
 
     require(arguments.threads >= 1, f"--threads {arguments.threads} must be at least 1")
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     device = pick_device(arguments.device)
     return load(arguments.model, device), device
 
