@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import torch
+
+from asr_exit.budget import CostModel
 from asr_exit.config import ModelConfig
 from asr_exit.encoder import Encoder
 
@@ -65,3 +70,22 @@ class SegmentMacs:
     def full(self, frames: int) -> int:
         """Full depth."""
         return self.to_exit(self.config.num_exits - 1, frames)
+
+    def cost_model(self, chunk_frames: int, propagate: bool, seconds_per_mac: float | None = None) -> CostModel:
+        """What leaving at each exit costs per second of audio, in chunks of `chunk_frames`."""
+        costs = [float(self.to_exit(index, chunk_frames, propagate)) for index in range(self.config.num_exits)]
+        return CostModel.from_chunk(costs, chunk_frames * self.config.frame_ms / 1000, seconds_per_mac)
+
+
+@torch.inference_mode()
+def measure_seconds_per_mac(encoder: Encoder, device: torch.device) -> float:
+    """Time of one multiply-accumulate at batch 1 on this device: median over a few full-depth chunks."""
+    config, times = encoder.config, []
+    frames = config.max_chunk_frames
+    features = torch.zeros(1, frames * config.subsampling, config.features.num_mels, device=device)
+    lengths = torch.tensor([features.shape[1]], device=device)
+    for _ in range(7):
+        begin = time.perf_counter()
+        encoder(features, lengths, chunk_frames=frames).logits[-1].cpu()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times[2:])) / SegmentMacs.of(encoder).full(frames)

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 
 from asr_exit.beam import PrefixBeamDecoder
-from asr_exit.budget import Budget, CostModel, DepthBudget
+from asr_exit.budget import Budget, DepthBudget
 from asr_exit.cache import CachePool
 from asr_exit.captions import Captions
 from asr_exit.checkpoint import Model
+from asr_exit.cost import measure_seconds_per_mac
 from asr_exit.ctc import CtcDecoder, GreedyDecoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
 from asr_exit.evidence import score
 from asr_exit.features import StreamingLogMel
 from asr_exit.policy import Reason
-from asr_exit.stream import Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
+from asr_exit.stream import Blame, Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
 
 
 class Engine:
@@ -40,7 +41,7 @@ class Engine:
         self.slots = slots
         self._streams: dict[int, Stream] = {}  # by slot
         self._load_cap = self.config.num_exits - 1
-        self.seconds_per_mac = self._measure_seconds_per_mac()
+        self.seconds_per_mac = measure_seconds_per_mac(self.encoder, self.device)
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -53,8 +54,9 @@ class Engine:
         options = options or StreamOptions()
         chunk_frames = self.config.chunk_frames(options.chunk_ms)
         deepest = options.policy.deepest(self.config.num_exits)
-        cost = self._cost_model(chunk_frames, options.fill)
-        budget = DepthBudget(options.budget, cost, self.config.exit_layers)
+        cost = self.macs.cost_model(chunk_frames, options.fill is Fill.PROPAGATE, self.seconds_per_mac)
+        adjustable = options.policy.adjustable
+        budget = DepthBudget(options.budget, cost, self.config.exit_layers, target=adjustable)
         slot = self.pool.acquire()
         if slot is None:
             raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")
@@ -67,6 +69,7 @@ class Engine:
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
             deepest=deepest,
+            policy=options.policy,
         )
         self._streams[slot] = stream
         return stream
@@ -123,27 +126,6 @@ class Engine:
             return False
         return stream.finished or stream.features.ready_frames >= stream.chunk_frames * self.config.subsampling
 
-    # -- costs --------------------------------------------------------------------------------------------------------
-
-    def _cost_model(self, chunk_frames: int, fill: Fill) -> CostModel:
-        costs = [
-            float(self.macs.to_exit(index, chunk_frames, propagate=fill is Fill.PROPAGATE))
-            for index in range(self.config.num_exits)
-        ]
-        return CostModel.from_chunk(costs, chunk_frames * self.config.frame_ms / 1000, self.seconds_per_mac)
-
-    @torch.inference_mode()
-    def _measure_seconds_per_mac(self) -> float:
-        """Time of one multiply-accumulate at batch 1 on this device: median over a few full-depth chunks."""
-        frames, times = self.config.max_chunk_frames, []
-        features = torch.zeros(1, frames * self.config.subsampling, self.config.features.num_mels, device=self.device)
-        lengths = torch.tensor([features.shape[1]], device=self.device)
-        for _ in range(7):
-            begin = time.perf_counter()
-            self.encoder(features, lengths, chunk_frames=frames).logits[-1].cpu()
-            times.append(time.perf_counter() - begin)
-        return float(np.median(times[2:])) / self.macs.full(frames)
-
     # -- one step -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -152,7 +134,7 @@ class Engine:
         begin = time.perf_counter()
         served = [stream for stream in self._streams.values() if self._is_ready(stream)]
         for stream in served:
-            stream.step_macs, stream.current = 0, None
+            stream.step_macs, stream.idle_macs, stream.current = stream.idle_macs, 0, None
         self._take_chunks(served)
         live = [stream for stream in served if stream.current is not None and stream.failure is None]
         for segment in range(self.config.num_exits):
@@ -190,7 +172,7 @@ class Engine:
             if len(features):
                 groups[-(-len(features) // factor)].append((stream, features))
         for frames, members in groups.items():
-            with _blame([stream for stream, _ in members]):
+            with Blame([stream for stream, _ in members]):
                 padded = np.zeros((len(members), frames * factor, self.config.features.num_mels), np.float32)
                 for row, (_, features) in enumerate(members):
                     padded[row, : len(features)] = features
@@ -220,36 +202,41 @@ class Engine:
             costs.append(spent + arriving * with_head + skipped)
             spent += arriving * self.macs.segment(segment, frames, with_head=False)
         policy_cap = stream.options.policy.max_exit(self.config.num_exits, stream.current.index)
-        budget_cap = stream.budget.ceiling(self._audio_seconds(stream), costs)
-        stream.cap = min(policy_cap, budget_cap, self._load_cap)
+        seconds, setpoint = self._audio_seconds(stream), stream.budget.setpoint
+        stream.policy = stream.options.policy if setpoint is None else stream.options.policy.at(setpoint)
+        budget_cap = stream.budget.ceiling(seconds, costs)
+        stream.cap = min(policy_cap, budget_cap, max(self._load_cap, stream.budget.min_exit))
+        stream.floor = stream.budget.floor(seconds, costs)
         stream.cap_reason = (
             Reason.FULL if stream.cap == policy_cap else Reason.BUDGET if stream.cap == budget_cap else Reason.LOAD
         )
 
-    def _run_segment(self, segment: int, streams: list[Stream]) -> None:
+    def _run_segment(self, segment: int, streams: list[Stream], rounds: int | None = None) -> None:
         """Work off the inboxes of one segment, one chunk per stream and round, so that a batch has one shape."""
-        while waiting := [s for s in streams if s.inboxes[segment] and s.failure is None]:
+        while rounds != 0 and (waiting := [s for s in streams if s.inboxes[segment] and s.failure is None]):
+            rounds = None if rounds is None else rounds - 1
             groups: dict[tuple[int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
             for stream in waiting:
                 chunk = stream.inboxes[segment].popleft()
                 groups[chunk.frames, stream.chunk_frames].append((stream, chunk))
             for (frames, chunk_frames), members in groups.items():
-                with _blame([stream for stream, _ in members]):
+                with Blame([stream for stream, _ in members]):
                     self._run_batch(segment, frames, chunk_frames, members)
 
     def _run_batch(self, segment: int, frames: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
         slots = np.array([stream.slot for stream, _ in members])
         before = torch.stack([chunk.state for _, chunk in members])
         context, states = self.pool.begin(segment, slots, frames, chunk_frames)
-        judged = any(stream.options.policy.needs_evidence for stream, _ in members)
+        judged = any(stream.policy.needs_evidence and segment < stream.cap for stream, _ in members)
         read = judged or any(segment >= stream.cap for stream, _ in members)
         after, logits = self.encoder.segments[segment](before, context, states, want_logits=read)
         cost = self.macs.segment(segment, frames, with_head=read)
         scores = None
         if read:
             beams = any(stream.options.decoder == "beam" for stream, _ in members)
-            previous = [None if chunk.scores is None else chunk.scores.frames.ids for _, chunk in members]
-            scores = score(logits, before, after, previous, beams, judged)
+            widest = max(stream.policy.beams for stream, _ in members)
+            previous = [chunk.scores for _, chunk in members]
+            scores = score(logits, before, after, previous, beams, judged, widest)
         for row, (stream, chunk) in enumerate(members):
             chunk.state, chunk.exit_index = after[row], segment
             stream.step_macs += cost
@@ -272,7 +259,9 @@ class Engine:
         if segment >= stream.cap:
             stream.reason = stream.cap_reason
             return False
-        policy = stream.options.policy
+        policy = stream.policy
+        if segment < stream.floor:
+            return True
         evidence = None
         if policy.needs_evidence:
             assert stream.current.scores is not None
@@ -297,7 +286,7 @@ class Engine:
                     propagates = stream.options.fill is Fill.PROPAGATE
                     groups[propagates, chunk.frames, stream.chunk_frames].append((stream, chunk))
             for (propagates, frames, chunk_frames), members in groups.items():
-                with _blame([stream for stream, _ in members]):
+                with Blame([stream for stream, _ in members]):
                     slots = np.array([stream.slot for stream, _ in members])
                     if propagates:
                         context, states = self.pool.begin(segment, slots, frames, chunk_frames)
@@ -312,9 +301,30 @@ class Engine:
 
     def _wants_drain(self, stream: Stream) -> bool:
         """Whether a final is due whose text deeper exits would still revise, and the budget lets them."""
-        if stream.options.fill is not Fill.CATCH_UP or stream.budget.budget.has_target or not stream.captions.revisable:
+        if not self._may_catch_up(stream) or not stream.captions.revisable:
             return False
         return self._is_over(stream) or self._endpoint(stream) or self._over_long(stream)
+
+    def _may_catch_up(self, stream: Stream) -> bool:
+        return stream.options.fill is Fill.CATCH_UP and not stream.budget.budget.has_target
+
+    @torch.inference_mode()
+    def catch_up(self) -> bool:
+        """For idle moments: bring at most one waiting chunk per stream and segment deeper, as budget and load allow.
+
+        Takes no longer than a full-depth step. The revised text and the MACs come with the stream's next result.
+
+        Returns:
+            Whether there was anything to do; if so, there may be more.
+        """
+        streams = [s for s in self._streams.values() if self._may_catch_up(s) and s.failure is None and not s.ended]
+        for stream in streams:
+            stream.step_macs, stream.cap = 0, min(self._target(stream), self._load_cap)
+        for segment in range(1, self.config.num_exits):
+            self._run_segment(segment, [s for s in streams if segment <= s.cap], rounds=1)
+        for stream in streams:
+            stream.idle_macs += stream.step_macs
+        return any(stream.step_macs for stream in streams)
 
     def _drain(self, streams: list[Stream]) -> None:
         """Bring everything that waits to each stream's deepest exit."""
@@ -374,22 +384,3 @@ class Engine:
 def make_decoder(options: StreamOptions) -> CtcDecoder[Any]:
     """The decoder that a stream asks for."""
     return GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)
-
-
-class _blame:
-    """Context that turns an exception of a batch into the failure of that batch's streams."""
-
-    def __init__(self, streams: list[Stream]) -> None:
-        self._streams = streams
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        for stream in self._streams:
-            failure = EngineError(f"computation failed: {error}")
-            failure.__cause__ = error
-            stream.failure = failure
-        return True

@@ -12,7 +12,7 @@ from torch import Tensor
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
 from asr_exit.config import require
-from asr_exit.errors import ConfigError
+from asr_exit.errors import ConfigError, EngineError
 from asr_exit.evidence import ExitScores
 from asr_exit.features import StreamingLogMel
 from asr_exit.policy import ExitPolicy, Full, Reason
@@ -82,15 +82,18 @@ class Stream:
     budget: DepthBudget
     inboxes: list[deque[Chunk]]  # per segment, the chunks waiting at its door
     deepest: int  # exit index below which the policy never goes
+    policy: ExitPolicy  # that of the options, set to what the budget asks for now
     samples: int = 0
     chunks: int = 0
     next_frame: int = 0
     current: Chunk | None = None
     cap: int = 0  # deepest exit that the current chunk may take
+    floor: int = 0  # shallowest one: the budget is a target and would be missed from below
     cap_reason: Reason = Reason.FULL
     reason: Reason = Reason.FULL
     step_macs: int = 0
     total_macs: int = 0
+    idle_macs: int = 0  # spent between steps, reported with the next result
     finished: bool = False  # no more audio will come
     ended: bool = False  # its last result is out
     closed: bool = False
@@ -128,3 +131,22 @@ class StepOutput:
     results: list[ChunkResult]
     failures: list[tuple[Stream, Exception]]
     step_ms: float
+
+
+class Blame:
+    """Context that turns an exception of a batch into the failure of that batch's streams."""
+
+    def __init__(self, streams: list[Stream]) -> None:
+        self._streams = streams
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        for stream in self._streams:
+            failure = EngineError(f"computation failed: {error}")
+            failure.__cause__ = error
+            stream.failure = failure
+        return True

@@ -50,6 +50,7 @@ class EngineThread:
         self._stopping = False  # guarded by _wake
         self._feeds: dict[Stream, Feed] = {}
         self._events: list[Event] = []
+        self._may_catch_up = False  # chunks may wait for idle moments
         self._thread = threading.Thread(target=self._run, name="asr-exit-engine")
 
     def start(self) -> None:
@@ -78,7 +79,7 @@ class EngineThread:
             self._prepare()
         while True:
             with self._wake:
-                while not (self._waiting or self._stopping or self._engine.ready()):
+                while not (self._waiting or self._stopping or self._engine.ready() or self._may_catch_up):
                     self._wake.wait()
                 if self._stopping:
                     break
@@ -90,6 +91,9 @@ class EngineThread:
                 self._carry_out(feed, commands)
             if self._engine.ready():
                 self._step()
+                self._may_catch_up = True
+            else:
+                self._may_catch_up = self._engine.catch_up()
             self._flush()
         error = StreamError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: connect again later")
         with self._wake:
