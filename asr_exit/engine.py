@@ -54,7 +54,7 @@ class Engine:
         options = options or StreamOptions()
         chunk_frames = self.config.chunk_frames(options.chunk_ms)
         deepest = options.policy.deepest(self.config.num_exits)
-        cost = self.macs.cost_model(chunk_frames, options.fill is Fill.PROPAGATE, self.seconds_per_mac)
+        cost = self.macs.cost_model(chunk_frames, self.seconds_per_mac)
         adjustable = options.policy.adjustable
         budget = DepthBudget(options.budget, cost, self.config.exit_layers, target=adjustable)
         slot = self.pool.acquire()
@@ -193,14 +193,9 @@ class Engine:
     def _set_cap(self, stream: Stream) -> None:
         """Host-side ceiling for the current chunk, before anything is computed."""
         assert stream.current is not None
-        frames, deepest = stream.current.frames, self.config.num_exits - 1
-        costs, spent, arriving = [], float(self.macs.stem(frames)), 0
-        for segment in range(self.config.num_exits):
-            arriving += stream.waiting(segment)
-            with_head = self.macs.segment(segment, frames, with_head=True)
-            skipped = (deepest - segment) * self.macs.propagate(frames) if stream.options.fill is Fill.PROPAGATE else 0
-            costs.append(spent + arriving * with_head + skipped)
-            spent += arriving * self.macs.segment(segment, frames, with_head=False)
+        waiting = [stream.waiting(segment) for segment in range(self.config.num_exits)]
+        fills = stream.options.fill is Fill.PROPAGATE
+        costs = self.macs.of_step(stream.current.frames, stream.chunk_frames, waiting, fills)
         policy_cap = stream.options.policy.max_exit(self.config.num_exits, stream.current.index)
         seconds, setpoint = self._audio_seconds(stream), stream.budget.setpoint
         stream.policy = stream.options.policy if setpoint is None else stream.options.policy.at(setpoint)
@@ -213,6 +208,7 @@ class Engine:
 
     def _run_segment(self, segment: int, streams: list[Stream], rounds: int | None = None) -> None:
         """Work off the inboxes of one segment, one chunk per stream and round, so that a batch has one shape."""
+        self._propagate_waiting(segment, [s for s in streams if s.waiting(segment) > 1 and s.failure is None])
         while rounds != 0 and (waiting := [s for s in streams if s.inboxes[segment] and s.failure is None]):
             rounds = None if rounds is None else rounds - 1
             groups: dict[tuple[int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
@@ -266,7 +262,9 @@ class Engine:
         if policy.needs_evidence:
             assert stream.current.scores is not None
             evidence = stream.current.scores.evidence
-        backlog_full = stream.waiting(segment + 1) > stream.options.catch_up_cap_chunks
+        backlog_full = (
+            stream.options.fill is Fill.CATCH_UP and stream.waiting(segment + 1) > stream.options.catch_up_cap_chunks
+        )
         if policy.stop(segment, evidence) and not backlog_full:
             stream.reason = Reason.CONFIDENT
             return False
@@ -274,48 +272,66 @@ class Engine:
 
     # -- layers that a chunk skipped ----------------------------------------------------------------------------------
 
+    def _propagate_waiting(self, segment: int, streams: list[Stream]) -> None:
+        """Fill `propagate`: what waits at a door is filled in when a later chunk passes it, and not before."""
+        groups: dict[tuple[int, int], list[tuple[Stream, list[Chunk]]]] = defaultdict(list)
+        for stream in streams:
+            if stream.options.fill is Fill.PROPAGATE:
+                inbox = stream.inboxes[segment]
+                chunks = [inbox.popleft() for _ in range(len(inbox) - 1)]
+                groups[sum(chunk.frames for chunk in chunks), stream.chunk_frames].append((stream, chunks))
+        for (frames, chunk_frames), members in groups.items():
+            with Blame([stream for stream, _ in members]):
+                slots = np.array([stream.slot for stream, _ in members])
+                context, states = self.pool.begin(segment, slots, frames, chunk_frames)
+                before = torch.stack([torch.cat([chunk.state for chunk in chunks]) for _, chunks in members])
+                self.encoder.segments[segment].propagate(before, context, states)
+            for stream, chunks in members:
+                stream.step_macs += len(chunks) * self.macs.propagate(chunk_frames)
+                if segment < stream.deepest:
+                    stream.inboxes[segment + 1].extend(chunks)
+
     def _fill_skipped(self, streams: list[Stream]) -> None:
         """Settle what waits at the doors of skipped segments, by each stream's fill."""
+        for stream in streams:
+            if stream.options.fill is Fill.PROPAGATE and stream.current is not None:
+                stream.current.settled = True
         for segment in range(1, self.config.num_exits):
-            groups: dict[tuple[bool, int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
+            groups: dict[tuple[int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
             for stream in streams:
-                limit = stream.options.catch_up_cap_chunks if stream.options.fill is Fill.CATCH_UP else 0
-                while stream.waiting(segment) > limit:
+                while self._is_dropped(stream, segment):
                     chunk = stream.inboxes[segment].popleft()
                     chunk.settled = True
-                    propagates = stream.options.fill is Fill.PROPAGATE
-                    groups[propagates, chunk.frames, stream.chunk_frames].append((stream, chunk))
-            for (propagates, frames, chunk_frames), members in groups.items():
+                    groups[chunk.frames, stream.chunk_frames].append((stream, chunk))
+            for (frames, _), members in groups.items():
                 with Blame([stream for stream, _ in members]):
-                    slots = np.array([stream.slot for stream, _ in members])
-                    if propagates:
-                        context, states = self.pool.begin(segment, slots, frames, chunk_frames)
-                        state = torch.stack([chunk.state for _, chunk in members])
-                        self.encoder.segments[segment].propagate(state, context, states)
-                    else:
-                        self.pool.leave_hole(segment, slots, frames)
+                    self.pool.leave_hole(segment, np.array([stream.slot for stream, _ in members]), frames)
                 for stream, chunk in members:
-                    stream.step_macs += self.macs.propagate(frames) if propagates else 0
                     if segment < stream.deepest:
                         stream.inboxes[segment + 1].append(chunk)
 
+    def _is_dropped(self, stream: Stream, segment: int) -> bool:
+        """Whether the oldest chunk at a door leaves a hole there: with `propagate` when no later chunk can see it."""
+        inbox, fill = stream.inboxes[segment], stream.options.fill
+        if fill is Fill.PROPAGATE:
+            seen = max(1, self.config.left_context_frames // stream.chunk_frames)
+            return bool(inbox) and inbox[0].index <= stream.chunks - 1 - seen
+        return len(inbox) > (stream.options.catch_up_cap_chunks if fill is Fill.CATCH_UP else 0)
     def _wants_drain(self, stream: Stream) -> bool:
         """Whether a final is due whose text deeper exits would still revise, and the budget lets them."""
         if not self._may_catch_up(stream) or not stream.captions.revisable:
             return False
         return self._is_over(stream) or self._endpoint(stream) or self._over_long(stream)
 
-    def _may_catch_up(self, stream: Stream) -> bool:
+    @staticmethod
+    def _may_catch_up(stream: Stream) -> bool:
         return stream.options.fill is Fill.CATCH_UP and not stream.budget.budget.has_target
 
     @torch.inference_mode()
     def catch_up(self) -> bool:
         """For idle moments: bring at most one waiting chunk per stream and segment deeper, as budget and load allow.
 
-        Takes no longer than a full-depth step. The revised text and the MACs come with the stream's next result.
-
-        Returns:
-            Whether there was anything to do; if so, there may be more.
+        Takes no longer than a step; text and MACs come with the stream's next result. Returns whether anything was done.
         """
         streams = [s for s in self._streams.values() if self._may_catch_up(s) and s.failure is None and not s.ended]
         for stream in streams:

@@ -197,6 +197,8 @@ def budget_message(budget: Budget) -> pb.ComputeBudget:
         encoder_macs_per_second=budget.encoder_macs_per_second,
         real_time_factor=budget.real_time_factor,
         max_exit_layer=budget.max_exit_layer or 0,
+        min_exit_layer=budget.min_exit_layer or 0,
+        peak_depth=budget.peak_depth or 0.0,
     )
 
 

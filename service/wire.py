@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from asr_exit.audio import MODEL_RATE_HZ, Encoding, check_rate
 from asr_exit.budget import Budget
-from asr_exit.policy import Reason, parse_policy
+from asr_exit.policy import CRITERIA, Reason, parse_policy
 from asr_exit.stream import Fill, StreamOptions
 from service.errors import StreamError, invalid
 from service.outbox import ChunkRecord, Update
@@ -25,7 +25,7 @@ ENCODINGS: dict[pb.StreamingConfig.AudioEncoding, Encoding] = {
     pb.StreamingConfig.LINEAR16: "linear16",
     pb.StreamingConfig.FLOAT32: "float32",
 }
-POLICIES = ("auto", "full", "fixed", "posterior", "entropy")
+POLICIES = ("auto", "full", "fixed", *CRITERIA)
 DECISIONS: dict[Reason, pb.ChunkReport.Decision] = {
     Reason.CONFIDENT: pb.ChunkReport.CONFIDENT,
     Reason.BUDGET: pb.ChunkReport.BUDGET,
@@ -52,7 +52,10 @@ def parse_config(config: pb.StreamingConfig, defaults: StreamDefaults, model: Mo
     options = StreamOptions(
         chunk_ms=config.chunk_ms or defaults.chunk_ms,
         policy=parse_policy(
-            config.policy or defaults.policy, exit_layers=model.config.exit_layers, calibration=model.calibration
+            config.policy or defaults.policy,
+            exit_layers=model.config.exit_layers,
+            calibration=model.calibration,
+            chunk_ms=config.chunk_ms or defaults.chunk_ms,
         ),
         budget=parse_budget(config.compute_budget),
         fill=Fill.parse(config.fill or defaults.fill),
@@ -72,8 +75,9 @@ def parse_budget(budget: pb.ComputeBudget) -> Budget:
     """Raises ConfigError for a value out of range. An empty message is no limit."""
     target = budget.WhichOneof("target")
     values = {target: getattr(budget, target)} if target else {}
-    if budget.max_exit_layer:
-        values["max_exit_layer"] = budget.max_exit_layer
+    for name in ("max_exit_layer", "min_exit_layer", "peak_depth"):
+        if value := getattr(budget, name):
+            values[name] = value
     return Budget(**values)
 
 

@@ -62,7 +62,10 @@ def stream_options(arguments: argparse.Namespace, model: Model) -> StreamOptions
     return StreamOptions(
         chunk_ms=arguments.chunk_ms or StreamOptions.chunk_ms,
         policy=parse_policy(
-            arguments.policy or "full", exit_layers=model.config.exit_layers, calibration=model.calibration
+            arguments.policy or "full",
+            exit_layers=model.config.exit_layers,
+            calibration=model.calibration,
+            chunk_ms=arguments.chunk_ms or StreamOptions.chunk_ms,
         ),
         budget=Budget.parse(arguments.budget) if arguments.budget else Budget(),
         fill=Fill.parse(arguments.fill or "propagate"),

@@ -33,3 +33,13 @@ def list_recordings(arguments: argparse.Namespace) -> list[Utterance]:
         require(bool(arguments.subset), "--librispeech needs --subset, e.g. --subset dev-clean")
         utterances = read_librispeech(arguments.librispeech, arguments.subset)
     return utterances[: arguments.limit]
+
+
+def spread_recordings(arguments: argparse.Namespace) -> list[Utterance]:
+    """As `list_recordings`, but --limit takes recordings from all over the set: sets are sorted by speaker."""
+    limit, arguments.limit = arguments.limit, None
+    utterances = list_recordings(arguments)
+    arguments.limit = limit
+    if limit is None or limit >= len(utterances):
+        return utterances
+    return [utterances[index * len(utterances) // limit] for index in range(limit)]

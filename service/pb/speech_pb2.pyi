@@ -57,16 +57,20 @@ class StreamControl(_message.Message):
     def __init__(self, compute_budget: _Optional[_Union[ComputeBudget, _Mapping]] = ...) -> None: ...
 
 class ComputeBudget(_message.Message):
-    __slots__ = ("mean_depth", "encoder_macs_per_second", "real_time_factor", "max_exit_layer")
+    __slots__ = ("mean_depth", "encoder_macs_per_second", "real_time_factor", "max_exit_layer", "min_exit_layer", "peak_depth")
     MEAN_DEPTH_FIELD_NUMBER: _ClassVar[int]
     ENCODER_MACS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     REAL_TIME_FACTOR_FIELD_NUMBER: _ClassVar[int]
     MAX_EXIT_LAYER_FIELD_NUMBER: _ClassVar[int]
+    MIN_EXIT_LAYER_FIELD_NUMBER: _ClassVar[int]
+    PEAK_DEPTH_FIELD_NUMBER: _ClassVar[int]
     mean_depth: float
     encoder_macs_per_second: float
     real_time_factor: float
     max_exit_layer: int
-    def __init__(self, mean_depth: _Optional[float] = ..., encoder_macs_per_second: _Optional[float] = ..., real_time_factor: _Optional[float] = ..., max_exit_layer: _Optional[int] = ...) -> None: ...
+    min_exit_layer: int
+    peak_depth: float
+    def __init__(self, mean_depth: _Optional[float] = ..., encoder_macs_per_second: _Optional[float] = ..., real_time_factor: _Optional[float] = ..., max_exit_layer: _Optional[int] = ..., min_exit_layer: _Optional[int] = ..., peak_depth: _Optional[float] = ...) -> None: ...
 
 class StreamingRecognizeResponse(_message.Message):
     __slots__ = ("results",)
