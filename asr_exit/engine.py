@@ -317,6 +317,7 @@ class Engine:
             seen = max(1, self.config.left_context_frames // stream.chunk_frames)
             return bool(inbox) and inbox[0].index <= stream.chunks - 1 - seen
         return len(inbox) > (stream.options.catch_up_cap_chunks if fill is Fill.CATCH_UP else 0)
+
     def _wants_drain(self, stream: Stream) -> bool:
         """Whether a final is due whose text deeper exits would still revise, and the budget lets them."""
         if not self._may_catch_up(stream) or not stream.captions.revisable:

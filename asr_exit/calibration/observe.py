@@ -65,7 +65,9 @@ class Observations:
         places = [place for place in range(len(self.items)) if place in kept]
         items = tuple(self.items[place] for place in places)
         recordings = tuple(self.recordings[place] for place in places)
-        return replace(self, recordings=recordings, items=items, macs=self.macs[:, columns], fill_macs=self.fill_macs[columns])
+        return replace(
+            self, recordings=recordings, items=items, macs=self.macs[:, columns], fill_macs=self.fill_macs[columns]
+        )
 
     @property
     def edits(self) -> np.ndarray:
@@ -217,9 +219,7 @@ def _edits(ids: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     return np.array([[Levenshtein.distance(a, b) for a, b in zip(row, deepest, strict=True)] for row in pieces])
 
 
-def _harm(
-    tokenizer: Tokenizer, ids: Sequence[Sequence[np.ndarray]], reference: str
-) -> tuple[np.ndarray, int, int]:
+def _harm(tokenizer: Tokenizer, ids: Sequence[Sequence[np.ndarray]], reference: str) -> tuple[np.ndarray, int, int]:
     """(E, n) errors more than at full depth for one chunk leaving early, errors at full depth, reference words."""
     deepest, wanted = list(ids[-1]), reference.split()
 

@@ -16,6 +16,12 @@ from asr_exit.policy import Criterion
 PRICES = np.geomspace(3.0, 1e-3, 40)  # word errors that the MACs of one full-depth chunk are worth
 SWEEPS = 6
 EDIT_WEIGHT = 0.1  # of a piece that differs from the deepest exit's, in word errors: see `losses`
+KEPT_SHARES = (
+    0.8,
+    0.6,
+    0.4,
+    0.2,
+)  # of the chunks that leave where compute is cheapest: rows between that and full depth
 LEAST_STEP = 0.01  # rows closer in cost than this are thinned out
 DIGITS = 7
 
@@ -104,19 +110,31 @@ def solve(confidence: np.ndarray, harm: np.ndarray, edits: np.ndarray, costs: np
     loss, found = losses(harm, edits), [(np.inf,) * depths]
     for price in PRICES[::-1]:
         found.append(descend(confidence, loss + price * costs, found[-1]))
+    found[1:1] = [_tightened(confidence, found[1], share) for share in KEPT_SHARES[::-1]]
     found.append((-np.inf, *(np.inf,) * (depths - 1)))
     return found[::-1]
 
 
-def thinned(rows: Sequence[Row]) -> list[Row]:
-    """Rows by rising cost, without those that a cheaper one beats and with at least `LEAST_STEP` between them.
+def _tightened(confidence: np.ndarray, thresholds: Sequence[float], share: float) -> tuple[float, ...]:
+    """Thresholds at which only the surest `share` of the chunks that leave at each exit still do."""
+    exits, stricter = exits_of(confidence, thresholds), []
+    for k, threshold in enumerate(thresholds):
+        leaving = confidence[k, exits == k]
+        stricter.append(float(np.quantile(leaving, 1 - share)) if len(leaving) else threshold)
+    return tuple(stricter)
 
-    The cheapest and the most expensive one always stay: a table must reach both ends.
+
+def thinned(rows: Sequence[Row]) -> list[Row]:
+    """Rows by rising cost, at least `LEAST_STEP` apart, without those that a cheaper one beats.
+
+    The cheapest and the most expensive one always stay, and all beyond the best one: a budget must reach every cost.
     """
     ordered = sorted(rows, key=lambda row: (row.macs_fraction, row.wer))
+    best = min(ordered, key=lambda row: row.wer)
     kept = [ordered[0]]
     for row in ordered[1:-1]:
-        if row.macs_fraction - kept[-1].macs_fraction >= LEAST_STEP and row.wer < kept[-1].wer:
+        useful = row.wer < kept[-1].wer or row.macs_fraction > best.macs_fraction
+        if row.macs_fraction - kept[-1].macs_fraction >= LEAST_STEP and useful:
             kept.append(row)
     last = ordered[-1]
     while len(kept) > 1 and last.macs_fraction - kept[-1].macs_fraction < LEAST_STEP:

@@ -23,6 +23,7 @@ class Criterion(ExitPolicy):
     threshold: Thresholds
     table: CostTable | None = field(default=None, compare=False, repr=False)
     needs_evidence: ClassVar[bool] = True  # type: ignore[misc]
+    beams: ClassVar[int] = 0  # type: ignore[misc]
     label: ClassVar[str] = ""
     low_is_sure: ClassVar[bool] = False
     largest: ClassVar[float] = 1.0  # thresholds lie from 0 to here
@@ -102,7 +103,7 @@ class Sentence(Criterion):
     """
 
     label = "sentence"
-    beams: ClassVar[int] = BEAMS  # type: ignore[misc]
+    beams = BEAMS
 
     def measure(self, exit_index: int, evidence: Evidence) -> float:
         return evidence.beam_share

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HELP = "measure speed per exit, streaming parity, depth switches, or memory over hours"
+HELP = "measure speed per exit, parity, depth switches, memory, exit criteria, fills, or what deciding costs"
 DEVIATION_BAR = 0.15
 DEVIATION_BATCH = 16  # the bar holds from this batch size on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand for each measurement."""
+    from service.cli.bench_depth import add_depth_arguments
     from service.cli.options import add_model_options
     from service.cli.recordings import add_recordings_options
 
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--json", action="store_true", help="one JSON object instead of the table")
         add_model_options(kind)
         kind.set_defaults(run_kind=run_kind)
+    add_depth_arguments(kinds)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -91,9 +91,7 @@ def _policies(arguments: argparse.Namespace, model: Model) -> dict[str, StreamOp
     return {
         name: StreamOptions(
             chunk_ms=arguments.chunk_ms,
-            policy=parse_policy(
-                name, exit_layers=layers, calibration=model.calibration, chunk_ms=arguments.chunk_ms
-            ),
+            policy=parse_policy(name, exit_layers=layers, calibration=model.calibration, chunk_ms=arguments.chunk_ms),
             fill=fill,
         )
         for name in names

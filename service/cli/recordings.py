@@ -6,7 +6,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from service.corpus import Utterance
+
+AUDIO_SUFFIXES = (".flac", ".opus", ".wav", ".ogg", ".mp3")
 
 
 def add_recordings_options(parser: argparse.ArgumentParser) -> None:
@@ -43,3 +47,14 @@ def spread_recordings(arguments: argparse.Namespace) -> list[Utterance]:
     if limit is None or limit >= len(utterances):
         return utterances
     return [utterances[index * len(utterances) // limit] for index in range(limit)]
+
+
+def audio_files(folder: str) -> list[Path]:
+    """Every recording below `folder`, in order. Raises ConfigError when there is none."""
+    from pathlib import Path
+
+    from asr_exit.config import require
+
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    require(bool(found), f"no recordings below {folder} ({', '.join(AUDIO_SUFFIXES)})")
+    return found
