@@ -190,8 +190,8 @@ class DepthBudget:
 
     Every second of audio earns the budget's allowance, and every chunk is paid from it.
 
-    **Cap** (`target` false, policies whose cost cannot be chosen): a chunk may go as deep as its own allowance plus what
-    earlier, easier chunks left over pays for. Savings are capped at `window_seconds` of allowance and at 0.3 *
+    **Cap** (`target` false, policies whose cost cannot be chosen): a chunk may go as deep as its own allowance plus
+    what earlier, easier chunks left over pays for. Savings are capped at `window_seconds` of allowance and at 0.3 *
     `window_seconds` of full-depth cost. Nothing is lent in advance: the average is kept from the first chunk on.
 
     **Target** (`target` true, policies calibrated for every mean cost): hard chunks may also borrow from later ones.

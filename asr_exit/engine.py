@@ -332,7 +332,7 @@ class Engine:
     def catch_up(self) -> bool:
         """For idle moments: bring at most one waiting chunk per stream and segment deeper, as budget and load allow.
 
-        Takes no longer than a step; text and MACs come with the stream's next result. Returns whether anything was done.
+        Takes no longer than a step; text and MACs come with the stream's next result. Returns whether there was work.
         """
         streams = [s for s in self._streams.values() if self._may_catch_up(s) and s.failure is None and not s.ended]
         for stream in streams:

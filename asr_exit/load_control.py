@@ -81,9 +81,9 @@ class LoadController:
     in proportion to `costs`. The gap between headroom and target is the hysteresis. While others saturate the CPU or
     the GPU, one exit at a time.
 
-    The worst chunk of a step counts, so the p95 chunk latency stays under the target wherever the worst of most steps does.
-    One ceiling holds for all streams: nobody loses depth that others keep, save for what a request was guaranteed
-    (`Budget.min_exit_layer`). Heat and battery limit the ceiling beside the load: down at once, up with a margin.
+    The worst chunk of a step counts, which is stricter than a p95 over chunks. One ceiling holds for all streams:
+    nobody loses depth that others keep, save for what a request was guaranteed (`Budget.min_exit_layer`). Heat and
+    battery limit the ceiling beside the load: down at once, up with a margin.
 
     The ceiling changes at most once per `change_seconds`. Not thread-safe.
 

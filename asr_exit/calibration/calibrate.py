@@ -1,8 +1,8 @@
 """From held-out recordings to what a checkpoint stores about its exit policies.
 
-Observe once at full depth, solve every criterion's thresholds for a grid of mean costs on that record, then replay a few
-rows of each in the engine: an early exit changes what deeper layers see later (fill `propagate`), which the record cannot
-know, so cost and word errors of the table are corrected by what the engine measured, interpolated in between.
+Observe once at full depth, solve every criterion's thresholds for a grid of mean costs on that record, then replay a
+few rows of each in the engine: an early exit changes what deeper layers see later (fill `propagate`), which the record
+cannot know, so cost and word errors of the table are corrected by what the engine measured, interpolated in between.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from asr_exit.stream import Fill, StreamOptions
 TOLERANCE = 0.015  # relative word error rate that early exits may cost
 PROBES = (0.25, 0.5, 0.75)  # rows replayed per criterion, by their place in the table
 PROBE_SECONDS = 360.0  # of audio per replayed row
+COMPARED_COSTS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # where criteria compete for being the default
 TRIES = 3  # rows that the default policy may step up when the engine measures more errors than predicted
 CHUNK_MS = (640, 160, 320, 1280)  # the first is what is meant where nobody says
 
@@ -102,7 +103,7 @@ def _for_chunk(
         result[label] = chosen.stored(CRITERIA[label]) | _weights(policy)
         result[label]["table"] = [row.stored(CRITERIA[label]) for row in rows]
     cheap = [label for label in criteria if CRITERIA[label].beams == 0] or list(criteria)
-    best = min(cheap, key=lambda label: (result[label]["macs_fraction"], result[label]["wer"]))
+    best = min(cheap, key=lambda label: _mean_wer(tables[label][1]))
     result["default"] = best
     on_stage(f"{chunk_ms:g} ms: measuring {best}, the default")
     result[best] |= _measured(probe, *tables[best], result[best], observations.full_wer, target, tolerance)
@@ -129,6 +130,12 @@ def table(policy: Criterion, observations: Observations) -> list[Row]:
         exits = exits_of(confidence, thresholds)
         rows.append(Row(observations.macs_fraction(exits), observations.wer(exits), thresholds))
     return thinned(rows)
+
+
+def _mean_wer(rows: Sequence[Row]) -> float:
+    """Over `COMPARED_COSTS`: one row's word errors would say more about chance than about the criterion."""
+    costs, wers = [row.macs_fraction for row in rows], [row.wer for row in rows]
+    return float(np.interp(COMPARED_COSTS, costs, wers).mean())
 
 
 def _weights(policy: Criterion) -> dict[str, Any]:

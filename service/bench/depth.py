@@ -1,8 +1,8 @@
 """`asr-exit bench depth`: every exit criterion against every static exit, random depth and the oracle.
 
-All figures are measured with the engine, fill `propagate`. A criterion's curve comes from its calibrated table, set to a
-grid of mean costs. Between measured points a curve stands for a mix of both settings (some recordings with one, some with
-the other), which anybody could serve. Intervals are paired bootstraps over recordings.
+All figures are measured with the engine, fill `propagate`. A criterion's curve comes from its calibrated table, set to
+a grid of mean costs. Between measured points a curve stands for a mix of both settings (some recordings with one, some
+with the other), which anybody could serve. Intervals are paired bootstraps over recordings.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -64,14 +65,14 @@ class Runner:
     def point(
         self,
         name: str,
-        policies: ExitPolicy | Sequence[ExitPolicy],
+        policies: ExitPolicy | list[ExitPolicy],
         sources: Sequence[Source] | None = None,
         **options: Any,
     ) -> Point:
         """One setting on every recording (or on `sources`); a policy for all, or one each."""
         self._on_point(name)
         sources = self.recordings if sources is None else sources
-        each = [policies] * len(sources) if isinstance(policies, ExitPolicy) else policies
+        each = policies if isinstance(policies, list) else [policies] * len(sources)
         pairs = [
             (source, dataclasses.replace(self.options, policy=policy, **options))
             for source, policy in zip(sources, each, strict=True)
@@ -107,7 +108,7 @@ def study(
         policy = runner.policy(label)
         found.curves[label] = [runner.point(f"{label} at {cost:.2f}", policy.at(float(cost))) for cost in inner]
     for mean in np.linspace(0.0, 1.0, points + 2)[1:-1]:
-        draws = [RandomDepth(seed + index, float(mean)) for index in range(len(runner.recordings))]
+        draws: list[ExitPolicy] = [RandomDepth(seed + index, float(mean)) for index in range(len(runner.recordings))]
         found.random.append(runner.point(f"random/{mean:.2f}", draws))
     _oracles(runner, found)
     found.values = {
@@ -211,7 +212,7 @@ def _budgets(runner: Runner, policy: ExitPolicy, full: Point) -> dict[str, Any]:
         "bars": {
             f"spent within {SET_BAR} over the set": all(abs(row["spent"] - row["asked"]) <= SET_BAR for row in rows),
             f"within {WINDOW_BAR} over any 30 s": all(row["worst_30s_deviation"] <= WINDOW_BAR for row in rows),
-            "word errors fall with the budget": all(a >= b for a, b in zip(wers, wers[1:], strict=False)),
+            "word errors fall with the budget": all(a >= b for a, b in pairwise(wers)),
         },
     }
 
@@ -239,7 +240,7 @@ def _noisy(
     depths = [float(str(row["mean_exit_layer"])) for row in rows]
     return {
         "rows": rows,
-        "bars": {"deeper with more noise": all(a < b for a, b in zip(depths, depths[1:], strict=False))},
+        "bars": {"deeper with more noise": all(a < b for a, b in pairwise(depths))},
     }
 
 

@@ -6,8 +6,8 @@ offline pass with the serving mask in which every frame says for itself how deep
 * **feed-forward skip** (FFN-SkipLLM, arXiv 2404.03865): a chunk that the policy would let go still runs attention and
   convolution of all deeper layers, so caches stay whole, but none of their feed-forward halves; its text is the last
   exit's.
-* **frame skip** (as DToP, arXiv 2308.01045, and blank skipping): frames that an exit calls blank with high confidence go no
-  deeper, except `GUARD_FRAMES` around other labels; each frame's label is that of its own last exit.
+* **frame skip** (as DToP, arXiv 2308.01045, and blank skipping): frames that an exit calls blank with high confidence
+  go no deeper, except `GUARD_FRAMES` around other labels; each frame's label is that of its own last exit.
 """
 
 from __future__ import annotations

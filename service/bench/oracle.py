@@ -1,6 +1,8 @@
-"""The oracle: the depth that a policy with the answer at hand would choose (as Duo-LLM, arXiv 2410.10846, reports it)."""
+"""The oracle: the depth that a policy with the answer at hand would choose, as in Duo-LLM (arXiv 2410.10846)."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -23,7 +25,7 @@ def no_more_errors(item: Observation, tokenizer: Tokenizer, reference: str) -> t
     """
     wanted, deepest = reference.split(), len(item.ids) - 1
     bounds = np.cumsum([0, *item.frames])
-    parts = [[row[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)] for row in item.ids]
+    parts = [[row[a:b] for a, b in pairwise(bounds)] for row in item.ids]
     chosen = list(parts[deepest])
     exits: list[int] = []
     for chunk in range(len(item.frames)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def errors_at(points: Sequence[Point], cost: float) -> np.ndarray:
     ordered = sorted(points, key=lambda item: item.cost)
     if cost <= ordered[0].cost:
         return ordered[0].errors
-    for low, high in zip(ordered, ordered[1:], strict=False):
+    for low, high in pairwise(ordered):
         if cost <= high.cost:
             share = (cost - low.cost) / max(1e-12, high.cost - low.cost)
             return (1 - share) * low.errors + share * high.errors
