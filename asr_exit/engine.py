@@ -10,23 +10,20 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
 
-from asr_exit.beam import PrefixBeamDecoder
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.cache import CachePool
 from asr_exit.captions import Captions
 from asr_exit.checkpoint import Model
 from asr_exit.cost import measure_seconds_per_mac
-from asr_exit.ctc import CtcDecoder, GreedyDecoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
 from asr_exit.evidence import score
 from asr_exit.features import StreamingLogMel
 from asr_exit.policy import Reason
-from asr_exit.stream import Blame, Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
+from asr_exit.stream import Blame, Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions, make_decoder
 
 
 class Engine:
@@ -232,7 +229,8 @@ class Engine:
             beams = any(stream.options.decoder == "beam" for stream, _ in members)
             widest = max(stream.policy.beams for stream, _ in members)
             previous = [chunk.scores for _, chunk in members]
-            scores = score(logits, before, after, previous, beams, judged, widest)
+            compared = before if any(stream.policy.needs_similarity for stream, _ in members) else None
+            scores = score(logits, compared, after, previous, beams, judged, widest)
         for row, (stream, chunk) in enumerate(members):
             chunk.state, chunk.exit_index = after[row], segment
             stream.step_macs += cost
@@ -396,8 +394,3 @@ class Engine:
             end_of_stream=over,
             stability=1.0 if final is not None else caption.confidence,
         )
-
-
-def make_decoder(options: StreamOptions) -> CtcDecoder[Any]:
-    """The decoder that a stream asks for."""
-    return GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)

@@ -31,7 +31,7 @@ class ExitScores:
 
 def score(
     logits: Tensor,
-    before: Tensor,
+    before: Tensor | None,
     after: Tensor,
     previous: Sequence[ExitScores | None],
     want_log_probs: bool,
@@ -41,7 +41,8 @@ def score(
     """Per-stream scores and, if wanted, evidence of a batch; one transfer to the host.
 
     Args:
-        logits: (B, T, V) of this exit. before, after: (B, T, D) hidden states around the segment.
+        logits: (B, T, V) of this exit. before, after: (B, T, D) hidden states around the segment; `before` None = no
+            policy looks at `Evidence.similarity`, which is then not a number.
         previous: per stream what the exit before said about this chunk, or None.
         want_log_probs: also bring (T, V) log-posteriors to the host (beam search needs them).
         want_evidence: a policy will look at it. False saves most of this function's time; evidence is then `UNJUDGED`.
@@ -51,7 +52,8 @@ def score(
     top, ids = _best(log_probs)
     columns = [top, ids.to(top.dtype)]
     if want_evidence:
-        columns += [torch.linalg.vecdot(log_probs.exp(), log_probs), _cosine(before, after)]
+        columns.append(torch.linalg.vecdot(log_probs.exp(), log_probs))
+        columns.append(torch.full_like(top, torch.nan) if before is None else _cosine(before, after))
     if want_log_probs or beams:
         columns.append(log_probs.flatten(1))
     packed = torch.cat(columns, dim=1).cpu().numpy()
@@ -74,7 +76,7 @@ def score(
 
 
 def _best(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest value and its place along the last dimension; numpy's argmax is ten times faster than torch's on a CPU."""
+    """Largest value and its place along the last dimension; on a CPU numpy's argmax is much faster than torch's."""
     if log_probs.is_cpu:
         return log_probs.amax(dim=-1), torch.from_numpy(log_probs.numpy().argmax(axis=-1))
     return log_probs.max(dim=-1)

@@ -9,10 +9,10 @@ import torch
 
 from asr_exit.checkpoint import Model
 from asr_exit.ctc import FrameScores
-from asr_exit.engine import Engine, make_decoder
+from asr_exit.engine import Engine
 from asr_exit.errors import AudioError
 from asr_exit.features import log_mel
-from asr_exit.stream import ChunkResult, StreamOptions
+from asr_exit.stream import ChunkResult, StreamOptions, make_decoder
 from asr_exit.words import Word, text_from_words, words_from_tokens
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from asr_exit.beam import PrefixBeamDecoder
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
 from asr_exit.config import require
+from asr_exit.ctc import CtcDecoder, GreedyDecoder
 from asr_exit.errors import ConfigError, EngineError
 from asr_exit.evidence import ExitScores
 from asr_exit.features import StreamingLogMel
@@ -131,6 +133,11 @@ class StepOutput:
     results: list[ChunkResult]
     failures: list[tuple[Stream, Exception]]
     step_ms: float
+
+
+def make_decoder(options: StreamOptions) -> CtcDecoder[Any]:
+    """The decoder that a stream asks for."""
+    return GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)
 
 
 class Blame:

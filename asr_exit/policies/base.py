@@ -63,6 +63,11 @@ class ExitPolicy(Protocol):
         return False
 
     @property
+    def needs_similarity(self) -> bool:
+        """Whether `stop` looks at `Evidence.similarity`, which is then computed."""
+        return self.needs_evidence
+
+    @property
     def beams(self) -> int:
         """How many prefix beams `Evidence.beam_share` must be computed with; 0 = `stop` does not look at it."""
         return 0

@@ -23,6 +23,7 @@ class Criterion(ExitPolicy):
     threshold: Thresholds
     table: CostTable | None = field(default=None, compare=False, repr=False)
     needs_evidence: ClassVar[bool] = True  # type: ignore[misc]
+    needs_similarity: ClassVar[bool] = False  # type: ignore[misc]
     beams: ClassVar[int] = 0  # type: ignore[misc]
     label: ClassVar[str] = ""
     low_is_sure: ClassVar[bool] = False
@@ -153,6 +154,7 @@ class Similarity(Criterion):
     """Leave when hidden states have stopped changing: mean cosine with the exit before (MuE, arXiv 2211.11152)."""
 
     label = "similarity"
+    needs_similarity = True
 
     def measure(self, exit_index: int, evidence: Evidence) -> float:
         return evidence.similarity

@@ -100,6 +100,7 @@ class Gate(Criterion):
 
     weights: ExitWeights = field(default=ExitWeights(()), compare=False, repr=False)
     label = "gate"
+    needs_similarity = True
     low_is_sure = True
 
     def measure(self, exit_index: int, evidence: Evidence) -> float:
@@ -116,6 +117,7 @@ class QExit(Criterion):
 
     weights: ExitWeights = field(default=ExitWeights(()), compare=False, repr=False)
     label = "q-exit"
+    needs_similarity = True
 
     def measure(self, exit_index: int, evidence: Evidence) -> float:
         going_on, at = 1.0, evidence

@@ -14,7 +14,7 @@ from asr_exit.checkpoint import Model
 from asr_exit.engine import Engine
 from asr_exit.evidence import ExitScores, score
 from asr_exit.policies.learned import FEATURES, ExitWeights
-from asr_exit.policy import CRITERIA, Criterion, Full, Gate, QExit
+from asr_exit.policy import CRITERIA, Criterion, Full, Gate, QExit, default_criterion
 from asr_exit.stream import StreamOptions
 from service.bench.streams import looped
 
@@ -30,7 +30,7 @@ class DecisionRow:
     decide_ms: float
     step_ms: float
     share: float
-    judged: bool  # whether the bar holds for it
+    judged: bool  # the bar is for the model's default criterion
 
 
 def measure_decision(
@@ -70,7 +70,7 @@ def measure_decision(
             decide_ms=1000 * median(decisions[policy.label]),
             step_ms=1000 * step,
             share=median(decisions[policy.label]) / step,
-            judged=policy.beams == 0,
+            judged=policy.label == (default_criterion(model.calibration) or "posterior"),
         )
         for policy in policies
     ]
@@ -88,7 +88,8 @@ def _never(label: str, num_exits: int) -> Criterion:
 def _decide(policy: Criterion, logits: torch.Tensor, hidden: torch.Tensor, num_exits: int) -> None:
     previous: list[ExitScores | None] = [None] * len(logits)
     for exit_index in range(num_exits - 1):
-        scores = score(logits, hidden[0], hidden[1], previous, want_log_probs=False, beams=policy.beams)
+        before = hidden[0] if policy.needs_similarity else None
+        scores = score(logits, before, hidden[1], previous, want_log_probs=False, beams=policy.beams)
         for item in scores:
             policy.stop(exit_index, item.evidence)
         previous = list(scores)

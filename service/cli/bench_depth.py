@@ -140,6 +140,6 @@ def _decide(arguments: argparse.Namespace) -> int:
     cells = [(row.criterion, f"{row.decide_ms:.3f}", f"{row.step_ms:.2f}", f"{100 * row.share:.2f}") for row in rows]
     print("\n".join(table(("criterion", "evidence and decision ms", "full-depth step ms", "share %"), cells)))
     verdict = "met" if holds else "NOT met"
-    print(f"\nbatch {arguments.batch}; bar {100 * DECIDE_BAR:g} % (beams, which run on the host, excepted): {verdict}")
+    print(f"\nbatch {arguments.batch}; bar {100 * DECIDE_BAR:g} % for the model's default criterion: {verdict}")
     print(caption_of(where))
     return 0 if holds else 1
