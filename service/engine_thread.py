@@ -93,7 +93,7 @@ class EngineThread:
                 self._step()
                 self._may_catch_up = True
             else:
-                self._may_catch_up = self._engine.catch_up()
+                self._may_catch_up = self._catch_up()
             self._flush()
         error = StreamError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: connect again later")
         with self._wake:
@@ -160,6 +160,16 @@ class EngineThread:
                 output, 1000 * worst_late_s, ready_streams=self._engine.ready(), free_slots=self._engine.free_slots
             )
             self._engine.set_load_ceiling(ceiling)
+
+    def _catch_up(self) -> bool:
+        """Uses an idle moment; whether there was something to do."""
+        if not self._feeds:
+            return False
+        try:
+            return self._engine.catch_up()
+        except Exception:
+            log.exception("catching up failed: chunks stay as they are until their streams go deeper")
+            return False
 
     def _fail(self, feed: Feed, error: BaseException) -> None:
         if feed.closed:
