@@ -48,13 +48,16 @@ class ConvSubsampling(nn.Module):
         Returns:
             (B, T, D) and the new tails.
         """
-        x = features[:, None].contiguous(memory_format=torch.channels_last)
+        x = features.unsqueeze(-1).permute(0, 3, 1, 2)  # so that strides say channels-last, even of one channel
         new_tails = []
         for stage, conv in enumerate(self.convs):
-            tail = x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]) if tails is None else tails[stage].to(x.dtype)
             new_tails.append(x[:, :, -1:])
-            x = torch.cat((tail.contiguous(memory_format=torch.channels_last), x), dim=2)
-            x = F.relu_(conv(x))
+            if tails is None:  # zeros before the first frame; those after the last are never read, as T is even
+                x = F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
+            else:
+                tail = tails[stage].to(x.dtype).contiguous(memory_format=torch.channels_last)
+                x = conv(torch.cat((tail, x), dim=2))
+            x = F.relu_(x)
         return self.out(x.permute(0, 2, 3, 1).flatten(2)), new_tails
 
     def macs_per_frame(self) -> int:
@@ -148,7 +151,8 @@ class ChunkConv(nn.Module):
         x = torch.cat((left.to(gated.dtype), gated), dim=1)
         x = F.pad(x, (0, 0, 0, chunks * chunk - frames))
         if torch.is_grad_enabled():
-            taps, bias = self.depthwise.weight[:, 0].t().to(x.dtype), cast(Tensor, self.depthwise.bias).to(x.dtype)
+            taps = self.depthwise.weight[:, 0].t().to(x.dtype).contiguous()  # strided taps cost five times as much
+            bias = cast(Tensor, self.depthwise.bias).to(x.dtype)
             y = _ShiftedDepthwise.apply(x, taps, bias, chunk)[:, :frames]
             return self.out(F.silu(self.norm(y)))
         if chunks > 1:  # (B, n, D, h + C): every chunk with the frames before it, and nothing after it
