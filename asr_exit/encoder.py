@@ -28,16 +28,22 @@ class EncoderOutput:
 
 
 class ExitHead(nn.Module):
-    """Normalisation and linear CTC layer."""
+    """Normalisation and linear CTC layer, with a hidden layer in between where shallow states need one (LGViT)."""
 
-    def __init__(self, d_model: int, vocab_size: int) -> None:
+    def __init__(self, d_model: int, vocab_size: int, hidden: int = 0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.out = nn.Linear(d_model, vocab_size)
+        self.hidden = nn.Linear(d_model, hidden) if hidden else None
+        self.out = nn.Linear(hidden or d_model, vocab_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, V) logits."""
-        return self.out(self.norm(x))
+        x = self.norm(x)
+        return self.out(x if self.hidden is None else nn.functional.silu(self.hidden(x)))
+
+    def macs_per_frame(self) -> int:
+        """Multiply-accumulates per frame."""
+        return self.out.weight.numel() + (0 if self.hidden is None else self.hidden.weight.numel())
 
 
 class Segment(nn.Module):
@@ -49,12 +55,14 @@ class Segment(nn.Module):
     state can wait in an inbox, or be propagated past any number of segments, as it is.
     """
 
-    def __init__(self, config: ModelConfig, last: bool) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
+        last = index == config.num_exits - 1
         self.layers = cast(
             "list[ConformerBlock]", nn.ModuleList(ConformerBlock(config) for _ in range(config.exit_every))
         )
-        self.head = ExitHead(config.d_model, config.vocab_size)
+        hidden = config.head_hidden[index] if config.head_hidden else 0
+        self.head = ExitHead(config.d_model, config.vocab_size, hidden)
         self.feedback = nn.Linear(config.vocab_size, config.d_model) if config.self_conditioning and not last else None
         self.gain = None if last else nn.Parameter(torch.ones(()))
 
@@ -99,7 +107,7 @@ class Encoder(nn.Module):
         self.subsampling = ConvSubsampling(num_mels, config.subsampling_channels, config.d_model, config.subsampling)
         self.segments = cast(
             "list[Segment]",
-            nn.ModuleList(Segment(config, last=index == config.num_exits - 1) for index in range(config.num_exits)),
+            nn.ModuleList(Segment(config, index) for index in range(config.num_exits)),
         )
         for segment in self.segments:  # start every block near the identity, so that a grown segment disturbs nothing
             for layer in segment.layers:

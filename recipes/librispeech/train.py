@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="length of the run in wall-clock minutes")
     length.add_argument("--hours", type=float, help="length of the run in hours of audio seen")
+    parser.add_argument("--accumulate", type=int, help="batches per update and process")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's state.pt")
@@ -74,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = CONFIGS[options.config]()
     if options.minutes is not None or options.hours is not None:
         config = dataclasses.replace(config, minutes=options.minutes, hours=options.hours)
+    if options.accumulate is not None:
+        config = dataclasses.replace(config, accumulate=options.accumulate)
     if options.seed is not None:
         config = dataclasses.replace(config, seed=options.seed)
     group = Group.from_environment()
