@@ -28,7 +28,6 @@ from asr_exit.schedule import Stage, TrainConfig
 from asr_exit.tokenizer import Tokenizer
 from asr_exit.validation import validate
 
-
 # settings of how long and by how many processes a run is trained; two processes equal one that accumulates two batches
 MAY_CHANGE = ("minutes", "hours", "accumulate", "checkpoint_seconds", "evaluate_seconds", "evaluate_utterances")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asr_exit.augment import Augment, AugmentConfig, freq_warp, spec_augment, time_warp
+from asr_exit.augment import Augment, AugmentConfig, freq_warp, reverberate, spec_augment, time_warp
 from asr_exit.config import FeatureConfig
 from asr_exit.data import FeatureStore
 
@@ -108,3 +108,34 @@ def test_warps_leave_padding_alone() -> None:
     Augment(config, MEAN)(features, np.full(4, 250), np.random.default_rng(0))
     np.testing.assert_array_equal(features[:, 250:], before[:, 250:])
     assert np.abs(features[:, :250] - before[:, :250]).max() > 0.1
+
+
+def test_views_share_the_time_warp_and_nothing_else() -> None:
+    rng = np.random.default_rng(2)
+    half = rng.normal(10.0, 1.0, (2, 300, 80)).astype(np.float32)
+    warps = AugmentConfig(time_warp=0.2, freq_masks=0, time_masks_per_second=0.0, gain_nepers=0.0)
+    both = np.concatenate([half, half])
+    Augment(warps, MEAN)(both, np.full(4, 300), np.random.default_rng(1), 2)
+    np.testing.assert_array_equal(both[:2], both[2:])
+    assert np.abs(both[:2] - half).max() > 0.1
+    masked = np.concatenate([half, half])
+    Augment(AugmentConfig(time_warp=0.2), MEAN)(masked, np.full(4, 300), np.random.default_rng(1), 2)
+    assert np.abs(masked[:2] - masked[2:]).max() > 0.1
+
+
+def test_reverberation_spreads_power_forward_and_keeps_it() -> None:
+    click = np.full((40, 80), -10.0, np.float32)
+    click[10] = 8.0
+    wet = reverberate(click, np.array([0.6, 0.3, 0.1], np.float32), 1.0)
+    np.testing.assert_allclose(np.exp(wet[10:13, 0]) / np.exp(8.0), [0.6, 0.3, 0.1], rtol=1e-4)
+    assert wet[9].max() < -9.9
+    assert np.exp(wet).sum() == pytest.approx(np.exp(click).sum(), rel=1e-4)
+
+
+def test_rooms_are_used_with_their_probability() -> None:
+    features, lengths = batch(frames=200, rows=64)
+    before = features.copy()
+    config = AugmentConfig(room_probability=0.5, freq_masks=0, time_masks_per_second=0.0, gain_nepers=0.0)
+    Augment(config, MEAN, room_envelopes=[[0.5, 0.3, 0.2]])(features, lengths, np.random.default_rng(0))
+    changed = np.abs(features - before).max(axis=(1, 2)) > 1e-3
+    assert 20 <= changed.sum() <= 44
