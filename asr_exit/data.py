@@ -66,6 +66,7 @@ class BatchPlan:
     min_seconds: float = 0.5
     corpus_shares: tuple[tuple[str, float], ...] = ()
     views: int = 1
+    speeds: tuple[float, ...] = ()  # stored copies to draw from; empty: all
 
 
 class FeatureStore:
@@ -128,6 +129,10 @@ def plan_epoch(clips: Sequence[Clip], plan: BatchPlan, subsampling: int, seed: i
     low, high = plan.min_seconds * FRAMES_PER_SECOND, plan.max_seconds * FRAMES_PER_SECOND
     drawn: list[Clip] = []
     for copies in by_utterance.values():
+        if plan.speeds:
+            copies = [clip for clip in copies if clip.speed in plan.speeds]
+            if not copies:
+                continue
         clip = copies[int(rng.integers(len(copies)))]
         keep = rng.random() < shares.get(clip.corpus, 1.0)
         if keep and low <= clip.frames <= high and _placeable(clip, subsampling):

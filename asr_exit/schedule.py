@@ -40,6 +40,7 @@ class TrainConfig:
     seed: int = 1
     min_seconds: float = 0.5
     corpus_shares: tuple[tuple[str, float], ...] = ()
+    speeds: tuple[float, ...] = ()  # of speed perturbation; empty: all that prepare made
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     warmup_updates: int = 200
     stage_warmup_updates: int = 50
@@ -69,7 +70,8 @@ class TrainConfig:
         object.__setattr__(self, "stages", stages)
         for name in ("corpus_shares", "chunk_weights", "left_weights"):  # JSON has lists
             object.__setattr__(self, name, tuple(tuple(item) for item in getattr(self, name)))
-        object.__setattr__(self, "exit_weights", tuple(self.exit_weights))
+        for name in ("exit_weights", "speeds"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         require((self.minutes is None) != (self.hours is None), "set one of minutes and hours")
         require((self.minutes or self.hours or 0.0) > 0, "minutes or hours must be positive")
         ends = [stage.until for stage in stages]
@@ -111,7 +113,9 @@ class TrainConfig:
     def plan(self, stage: Stage) -> BatchPlan:
         """How that stage's batches are cut."""
         views = 2 if self.consistency_weight > 0 and stage.augment else 1
-        return BatchPlan(stage.batch_seconds, stage.max_seconds, self.min_seconds, self.corpus_shares, views)
+        return BatchPlan(
+            stage.batch_seconds, stage.max_seconds, self.min_seconds, self.corpus_shares, views, self.speeds
+        )
 
     def learning_rate(self, stage: Stage, progress: float, updates: int, stage_updates: int) -> float:
         """Warm-up at the start and, shorter, after each growth; then constant; then half a cosine."""
