@@ -50,6 +50,7 @@ class Batch:
     target_lengths: Tensor
     seconds: float  # of audio, padding not counted
     texts: tuple[str, ...]
+    ids: tuple[str, ...]
     views: int = 1  # 2: the second half of the rows are other views of the first half, with the same targets
 
 
@@ -190,6 +191,7 @@ def collate(
         torch.tensor([len(clip.tokens) for clip in clips], dtype=torch.int64),
         float(lengths.sum()) / FRAMES_PER_SECOND,
         tuple(clip.text for clip in clips),
+        tuple(clip.utterance_id for clip in clips),
         views,
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,51 @@ def held_out_batches(store: FeatureStore, fill: np.ndarray, limit: int | None) -
         yield collate(store, group, fill)
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One held-out utterance: what was said, and what every exit wrote."""
+
+    utterance_id: str
+    reference: str
+    texts: tuple[str, ...]
+
+
+def decode_exits(
+    model: Encoder,
+    batches: Iterable[Batch],
+    tokenizer: Tokenizer,
+    *,
+    segments: int | None = None,
+    chunk_frames: int | None = CHUNK_FRAMES,
+    bf16: bool = False,
+    device: torch.device | None = None,
+) -> tuple[list[Decoded], np.ndarray, int]:
+    """Greedy text of the first `segments` exits (default: all) under the streaming mask of `chunk_frames`.
+
+    Returns:
+        The utterances, the summed CTC loss of every exit (exits,), and the number of target tokens.
+    """
+    device = device or torch.device("cpu")
+    decoded: list[Decoded] = []
+    total, tokens = np.zeros(segments or model.config.num_exits), 0
+    with torch.inference_mode():
+        for batch in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                output = model(
+                    batch.features.to(device),
+                    batch.feature_lengths.to(device),
+                    chunk_frames=None if chunk_frames is None else min(chunk_frames, model.config.max_chunk_frames),
+                    num_segments=segments,
+                )
+            targets, target_lengths = batch.targets.to(device), batch.target_lengths.to(device)
+            count = int(target_lengths.sum())
+            losses = exit_losses(output.logits, output.lengths, targets, target_lengths)
+            total, tokens = total + count * losses.cpu().double().numpy(), tokens + count
+            by_exit = zip(*(greedy_texts(logits, output.lengths, tokenizer) for logits in output.logits), strict=True)
+            decoded += map(Decoded, batch.ids, batch.texts, by_exit)
+    return decoded, total, tokens
+
+
 def validate(
     model: Encoder,
     store: FeatureStore,
@@ -62,41 +109,22 @@ def validate(
         "loss" (CTC per token) and "wer" per exit, "utterances", and "example" (reference, text of the last exit).
         Without the jiwer package there is no "wer".
     """
-    mine: list[
-        tuple[str, list[str], int, list[float]]
-    ] = []  # per batch row: reference, text per exit, tokens, loss sums
-    with torch.inference_mode():
-        for number, batch in enumerate(held_out_batches(store, fill, limit)):
-            if number % group.size != group.rank:
-                continue
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                output = model(
-                    batch.features.to(device),
-                    batch.feature_lengths.to(device),
-                    chunk_frames=min(CHUNK_FRAMES, model.config.max_chunk_frames),
-                    num_segments=segments,
-                )
-            targets, target_lengths = batch.targets.to(device), batch.target_lengths.to(device)
-            losses = exit_losses(output.logits, output.lengths, targets, target_lengths).tolist()
-            tokens = int(target_lengths.sum())
-            by_exit = [greedy_texts(logits, output.lengths, tokenizer) for logits in output.logits]
-            for row, texts in enumerate(zip(*by_exit, strict=True)):
-                first = row == 0  # a batch's loss is booked once
-                sums = [loss * tokens for loss in losses] if first else [0.0] * len(losses)
-                mine.append((batch.texts[row], list(texts), tokens if first else 0, sums))
-    rows = [row for part in group.gather(mine) for row in part]
+    batches = itertools.islice(held_out_batches(store, fill, limit), group.rank, None, group.size)
+    parts = group.gather(decode_exits(model, batches, tokenizer, segments=segments, bf16=bf16, device=device))
+    rows = [row for decoded, _, _ in parts for row in decoded]
     if not rows:
         return {}
-    tokens = max(1, sum(row[2] for row in rows))
+    loss = sum(total for _, total, _ in parts) / max(1, sum(tokens for _, _, tokens in parts))
+    longest = max(rows, key=lambda row: len(row.reference))
     result: dict[str, Any] = {
-        "loss": [round(total / tokens, 4) for total in np.sum([row[3] for row in rows], axis=0).tolist()],
+        "loss": [round(value, 4) for value in loss.tolist()],
         "utterances": len(rows),
-        "example": [rows[-1][0], rows[-1][1][-1]],
+        "example": [longest.reference, longest.texts[-1]],
     }
     if importlib.util.find_spec("jiwer") is not None:
         from asr_exit.metrics import wer
 
-        references = [row[0] for row in rows]
-        rates = [wer(references, texts).rate for texts in zip(*(row[1] for row in rows), strict=True)]
+        references = [row.reference for row in rows]
+        rates = [wer(references, texts).rate for texts in zip(*(row.texts for row in rows), strict=True)]
         result = {"wer": [round(rate, 4) for rate in rates], **result}
     return result

@@ -27,7 +27,8 @@ def a_batch(views: int = 1) -> Batch:
     rng = np.random.default_rng(0)
     features = torch.from_numpy(rng.normal(size=(2, 320, 80)).astype(np.float32)).repeat(views, 1, 1)
     lengths, targets = torch.tensor([320, 250] * views), torch.tensor([1, 2, 3, 4, 5] * views)
-    return Batch(features, lengths, targets, torch.tensor([3, 2] * views), 5.7 * views, ("a", "b") * views, views)
+    texts, ids = ("a", "b") * views, ("u", "v") * views
+    return Batch(features, lengths, targets, torch.tensor([3, 2] * views), 5.7 * views, texts, ids, views)
 
 
 @pytest.fixture(scope="module")
