@@ -1,20 +1,25 @@
 """What an exit says about a chunk, computed on the device in one go and brought to the host in one transfer.
 
+The host side needs no torch, because devices run it, too; `score` and `summarise` are called by torch code only.
 Shapes: B streams, T frames, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from asr_exit.ctc import BLANK, FrameScores
 from asr_exit.policy import Evidence
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUMMARY_SIZE = 6  # numbers per chunk that `summarise` leaves for `unpack`
 UNJUDGED = Evidence(math.nan, math.nan, math.nan, math.nan, math.nan)  # stops no chunk
 
 
@@ -30,7 +35,7 @@ def score(
     logits: Tensor,
     before: Tensor,
     after: Tensor,
-    previous_ids: list[np.ndarray | None],
+    previous_ids: Sequence[np.ndarray | None],
     want_log_probs: bool,
     want_evidence: bool = True,
 ) -> list[ExitScores]:
@@ -42,24 +47,33 @@ def score(
         want_log_probs: also bring (T, V) log-posteriors to the host (beam search needs them).
         want_evidence: a policy will look at it. False saves most of this function's time; evidence is then `UNJUDGED`.
     """
+    import torch
+
     log_probs = logits.float().log_softmax(dim=-1)
     top, ids = log_probs.max(dim=-1)
-    summary = _summary(log_probs, top, ids, before, after) if want_evidence else top[:, :0]
+    summary = summarise(log_probs, top, ids, before, after) if want_evidence else top[:, :0]
     packed = torch.cat((summary, ids.to(top.dtype), top), dim=1).cpu().numpy()
     table = log_probs.cpu().numpy() if want_log_probs else None
-    first, frames = summary.shape[1], logits.shape[1]
-    results: list[ExitScores] = []
-    for index, (row, previous) in enumerate(zip(packed, previous_ids, strict=True)):
-        best = row[first : first + frames].astype(np.int64)
-        scores = FrameScores(best, row[first + frames :], None if table is None else table[index])
-        results.append(
-            ExitScores(scores, _evidence(row[:first].tolist(), best, previous) if want_evidence else UNJUDGED)
-        )
-    return results
+    return [
+        unpack(row, logits.shape[1], previous, None if table is None else table[index])
+        for index, (row, previous) in enumerate(zip(packed, previous_ids, strict=True))
+    ]
 
 
-def _summary(log_probs: Tensor, top: Tensor, ids: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """(B, 6) in the order in which `_evidence` reads it."""
+def unpack(
+    row: np.ndarray, num_frames: int, previous_ids: np.ndarray | None, log_probs: np.ndarray | None
+) -> ExitScores:
+    """One chunk's numbers as they come from the device: summary (or nothing), (T,) best pieces, (T,) log-posteriors."""
+    first = len(row) - 2 * num_frames
+    best = row[first : first + num_frames].astype(np.int64)
+    scores = FrameScores(best, row[first + num_frames :], log_probs)
+    return ExitScores(scores, _evidence(row[:first].tolist(), best, previous_ids) if first else UNJUDGED)
+
+
+def summarise(log_probs: Tensor, top: Tensor, ids: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """(B, SUMMARY_SIZE) in the order in which `unpack` reads it; arguments as in `score`."""
+    import torch
+
     entropy = -(log_probs.exp() * log_probs).sum(dim=-1) / math.log(log_probs.shape[-1])
     spoken = (ids != BLANK).to(top.dtype)
     count = spoken.sum(dim=1)
