@@ -137,7 +137,7 @@ class EdgeBackend:
     def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: int) -> list[np.ndarray]:
         """Only normalises and pads; the subsampling itself is part of the first segment's graph."""
         states = []
-        for slot, values in zip(slots.tolist(), features, strict=True):
+        for values in features:
             padded = np.zeros((frames * self.config.subsampling, self.config.features.num_mels), np.float32)
             padded[: len(values)] = (values - self._mean) / self._std
             states.append(padded)
