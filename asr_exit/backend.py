@@ -44,7 +44,7 @@ class Backend(Protocol):
         states: Sequence[State],
         frames: int,
         chunk_frames: int,
-        previous_ids: Sequence[np.ndarray | None],
+        previous: Sequence[ExitScores | None],
         *,
         read: bool,
         want_log_probs: bool,
@@ -54,7 +54,7 @@ class Backend(Protocol):
 
         Args:
             chunk_frames: chunk grid of the streams; `frames` is less only for the last chunk of a stream.
-            previous_ids: per stream the (T,) best pieces of the exit read before, or None.
+            previous: per stream what the exit read before said about this chunk, or None.
         """
 
     def propagate(

@@ -227,7 +227,7 @@ class Engine:
             [chunk.state for _, chunk in members],
             frames,
             chunk_frames,
-            [None if chunk.scores is None else chunk.scores.frames.ids for _, chunk in members],
+            [chunk.scores for _, chunk in members],
             read=read,
             want_log_probs=any(stream.options.decoder == "beam" for stream, _ in members),
             want_evidence=judged,

@@ -19,7 +19,7 @@ from asr_exit.policy import Evidence
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUMMARY_SIZE = 6  # numbers per chunk that `summarise` leaves for `unpack`
+NUM_COLUMNS = 6  # numbers per chunk that `summarise` leaves for `unpack`
 UNJUDGED = Evidence(math.nan, math.nan, math.nan, math.nan, math.nan)  # stops no chunk
 
 
@@ -35,7 +35,7 @@ def score(
     logits: Tensor,
     before: Tensor,
     after: Tensor,
-    previous_ids: Sequence[np.ndarray | None],
+    previous: Sequence[ExitScores | None],
     want_log_probs: bool,
     want_evidence: bool = True,
 ) -> list[ExitScores]:
@@ -43,7 +43,7 @@ def score(
 
     Args:
         logits: (B, T, V) of this exit. before, after: (B, T, D) hidden states around the segment.
-        previous_ids: per stream the (T,) best pieces of the exit before, or None.
+        previous: per stream what the exit before said about this chunk, or None.
         want_log_probs: also bring (T, V) log-posteriors to the host (beam search needs them).
         want_evidence: a policy will look at it. False saves most of this function's time; evidence is then `UNJUDGED`.
     """
@@ -55,23 +55,21 @@ def score(
     packed = torch.cat((summary, ids.to(top.dtype), top), dim=1).cpu().numpy()
     table = log_probs.cpu().numpy() if want_log_probs else None
     return [
-        unpack(row, logits.shape[1], previous, None if table is None else table[index])
-        for index, (row, previous) in enumerate(zip(packed, previous_ids, strict=True))
+        unpack(row, logits.shape[1], earlier, None if table is None else table[index])
+        for index, (row, earlier) in enumerate(zip(packed, previous, strict=True))
     ]
 
 
-def unpack(
-    row: np.ndarray, num_frames: int, previous_ids: np.ndarray | None, log_probs: np.ndarray | None
-) -> ExitScores:
+def unpack(row: np.ndarray, num_frames: int, earlier: ExitScores | None, log_probs: np.ndarray | None) -> ExitScores:
     """One chunk's numbers as they come from the device: summary (or nothing), (T,) best pieces, (T,) log-posteriors."""
     first = len(row) - 2 * num_frames
     best = row[first : first + num_frames].astype(np.int64)
     scores = FrameScores(best, row[first + num_frames :], log_probs)
-    return ExitScores(scores, _evidence(row[:first].tolist(), best, previous_ids) if first else UNJUDGED)
+    return ExitScores(scores, _evidence(row[:first].tolist(), best, earlier) if first else UNJUDGED)
 
 
 def summarise(log_probs: Tensor, top: Tensor, ids: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """(B, SUMMARY_SIZE) in the order in which `unpack` reads it; arguments as in `score`."""
+    """(B, NUM_COLUMNS) in the order in which `unpack` reads it; arguments as in `score`."""
     import torch
 
     entropy = -(log_probs.exp() * log_probs).sum(dim=-1) / math.log(log_probs.shape[-1])
@@ -95,14 +93,14 @@ def summarise(log_probs: Tensor, top: Tensor, ids: Tensor, before: Tensor, after
     return torch.stack(columns, dim=1)
 
 
-def _evidence(summary: list[float], best: np.ndarray, previous: np.ndarray | None) -> Evidence:
+def _evidence(summary: list[float], best: np.ndarray, earlier: ExitScores | None) -> Evidence:
     return Evidence(
         max_posterior=summary[0],
         max_posterior_all=summary[1],
         entropy=summary[2],
         entropy_all=summary[3],
         blank_mass=summary[4],
-        agreement=0.0 if previous is None else float(np.array_equal(collapse(best), collapse(previous))),
+        agreement=0.0 if earlier is None else float(np.array_equal(collapse(best), collapse(earlier.frames.ids))),
         similarity=summary[5],
     )
 

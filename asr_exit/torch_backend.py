@@ -53,7 +53,7 @@ class TorchBackend:
         states: Sequence[Tensor],
         frames: int,
         chunk_frames: int,
-        previous_ids: Sequence[np.ndarray | None],
+        previous: Sequence[ExitScores | None],
         *,
         read: bool,
         want_log_probs: bool,
@@ -64,7 +64,7 @@ class TorchBackend:
         after, logits = self.encoder.segments[segment](before, context, layers, want_logits=read)
         if not read:
             return list(after), None
-        return list(after), score(logits, before, after, previous_ids, want_log_probs, want_evidence)
+        return list(after), score(logits, before, after, previous, want_log_probs, want_evidence)
 
     @torch.inference_mode()
     def propagate(

@@ -17,7 +17,7 @@ from asr_exit.cost import SegmentMacs
 from asr_exit.edge.manifest import Manifest
 from asr_exit.edge.sessions import GraphSessions
 from asr_exit.errors import EngineError
-from asr_exit.evidence import SUMMARY_SIZE, ExitScores, unpack
+from asr_exit.evidence import NUM_COLUMNS, ExitScores, unpack
 
 MASKED = np.float32(-30_000.0)  # as in asr_exit.attention: exact zero after softmax
 EMPTY = -1
@@ -150,14 +150,14 @@ class EdgeBackend:
         states: Sequence[np.ndarray],
         frames: int,
         chunk_frames: int,
-        previous_ids: Sequence[np.ndarray | None],
+        previous: Sequence[ExitScores | None],
         *,
         read: bool,
         want_log_probs: bool,
         want_evidence: bool,
     ) -> tuple[list[np.ndarray], list[ExitScores] | None]:
         after, scores = [], []
-        for slot, x, previous in zip(slots.tolist(), states, previous_ids, strict=True):
+        for slot, x, earlier in zip(slots.tolist(), states, previous, strict=True):
             stream = self._states[slot]
             memory = stream.segments[segment]
             feeds = {"mask": memory.mask, "keys": memory.keys, "values": memory.values, "conv": memory.conv}
@@ -173,8 +173,8 @@ class EdgeBackend:
                 stream.tails = [outputs[f"new_tail_{stage}"] for stage in range(len(stream.tails))]
             after.append(outputs["state"])
             if read:
-                row = outputs["scores"] if want_evidence else outputs["scores"][SUMMARY_SIZE:]
-                scores.append(unpack(row, frames, previous, outputs.get("log_probs")))
+                row = outputs["scores"] if want_evidence else outputs["scores"][NUM_COLUMNS:]
+                scores.append(unpack(row, frames, earlier, outputs.get("log_probs")))
         return after, scores if read else None
 
     def propagate(

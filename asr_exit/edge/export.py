@@ -11,23 +11,26 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from asr_exit.audio import load_audio
 from asr_exit.checkpoint import Model
 from asr_exit.config import ModelConfig, require
-from asr_exit.edge.backend import tail_shapes
+from asr_exit.edge.backend import EdgeModel, tail_shapes
 from asr_exit.edge.graph import PropagateGraph, SegmentGraph, StemGraph
 from asr_exit.edge.manifest import NAME, GraphFile, Manifest
+from asr_exit.edge.recalibrate import CRITERIA, observe, recalibrate
 from asr_exit.errors import ConfigError
 
 OPSET = 20
+_FOLD_BYTES = 1 << 30  # transposed and sliced weights are stored as such, however large: only then are they quantised
 PRECISIONS = ("int8", "fp32")
 _CACHES = ("cos", "sin", "mask", "keys", "values", "conv")
 _OUTPUTS = ("state", "scores", "log_probs", "new_keys", "new_values", "new_conv")
@@ -56,6 +59,7 @@ def export_model(
     precision: str = "int8",
     chunk_ms: float = 640,
     ort_format: bool = False,
+    calibrate_on: Sequence[Path] = (),
     on_graph: Callable[[str], None] = lambda name: None,
 ) -> Manifest:
     """Write `model` to the folder `out`, replacing an earlier export; until all is written, `out` stays as it was.
@@ -64,6 +68,7 @@ def export_model(
         precision: "int8" quantises weights per channel and activations dynamically; "fp32" is exact.
         chunk_ms: default chunk of the manifest. Every size that the model allows works with the same graphs.
         ort_format: write `.ort` files for builds of ONNX Runtime without an ONNX reader.
+        calibrate_on: audio files to carry the exit thresholds over to int8 with; without any, those of fp32 stay.
         on_graph: called with the name of each file that is done.
 
     Raises:
@@ -82,10 +87,24 @@ def export_model(
     try:
         segments, propagate = _write_graphs(model, partial, precision, ort_format, on_graph)
         manifest = _manifest(model, precision, chunk_ms, segments, propagate)
+        if precision == "int8" and calibrate_on and model.calibration:
+            manifest = _recalibrated(model, manifest, partial, calibrate_on)
+            (partial / NAME).unlink()
         publish(manifest, partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def _recalibrated(model: Model, manifest: Manifest, folder: Path, recordings: Sequence[Path]) -> Manifest:
+    """The manifest with thresholds for the graphs in `folder`."""
+    manifest.write(folder)
+    before, after = (
+        observe(each, map(load_audio, recordings), manifest.chunk_ms) for each in (model, EdgeModel(folder))
+    )
+    calibration = recalibrate(model.calibration, before, after)
+    chunks = after[next(iter(CRITERIA))].shape[1]
+    return replace(manifest, calibration=calibration, calibrated_on=f"{len(recordings)} recordings, {chunks} chunks")
 
 
 def publish(manifest: Manifest, partial: Path, out: Path) -> None:
@@ -247,11 +266,12 @@ def _fill_in(template: bytes, module: nn.Module, path: Path) -> None:
     weights = dict(module.named_parameters())
     for name, value in model.graph.initializers.items():
         if name in weights:
-            value.const_value = ir.tensor(weights.pop(name).detach().contiguous().numpy(), name=name)
-    unused = [name for name in weights if "qkv" not in name]
-    if unused and not isinstance(module, PropagateGraph):
-        raise ConfigError(f"the exporter renamed {', '.join(unused)}; use the torch version that pyproject.toml names")
-    onnxscript.optimizer.optimize(model)
+            value.const_value = ir.tensor(weights[name].detach().contiguous().numpy(), name=name)
+        elif "." in name:
+            raise ConfigError(
+                f"the exporter renamed a weight to {name}; use a version of torch that pyproject.toml allows"
+            )
+    onnxscript.optimizer.optimize(model, input_size_limit=_FOLD_BYTES, output_size_limit=_FOLD_BYTES)
     onnx.save(ir.to_proto(model), path)
 
 

@@ -77,7 +77,7 @@ class SegmentGraph(_Part):
             x: (T, D). cos, sin: (T, E / 2) of the chunk's positions. mask: (W,) added to the scores of cached frames.
             keys, values: (L, H, W, E) cached, in any order. conv: (L, h, D).
         Returns:
-            state (T, D); scores (SUMMARY_SIZE + 2 T,) for `asr_exit.evidence.unpack`; log_probs (T, V); new_keys and
+            state (T, D); scores (NUM_COLUMNS + 2 T,) for `asr_exit.evidence.unpack`; log_probs (T, V); new_keys and
             new_values (L, H, T, E); new_conv (L, h, D).
         """
         seen = torch.cat((mask, mask.new_zeros(x.shape[0])))

@@ -19,7 +19,7 @@ from asr_exit.load_control import LoadController, LoadSignal
 from asr_exit.stream import ChunkResult, Fill, StepOutput, Stream, StreamOptions
 from asr_exit.transcript import Transcript, transcribe
 
-_MEASURED_CHUNKS, _WARM_UP_CHUNKS = 9, 3
+_WARM_UP_CHUNKS, _MEASURED_CHUNKS = 3, 9
 
 
 class EdgeRecognizer:
@@ -64,7 +64,7 @@ class EdgeRecognizer:
         self._load = LoadController(config.num_exits, target, clock, costs=self._costs)
         self._device = DeviceState()
         self._stream: Stream | None = None
-        self._measured: tuple[float, Fill] | None = None  # chunk size and fill that the engine's cost model is for
+        self._first_exit_seconds: dict[tuple[float, Fill], float] = {}  # by chunk size and fill
 
     def begin(self, options: StreamOptions | None = None) -> None:
         """Start a stream with its own options. `push` starts one by itself where none is open.
@@ -75,7 +75,8 @@ class EdgeRecognizer:
         if self._stream is not None:
             raise StreamStateError("a stream is open; call finish() or close() before the next one")
         options = options or self.options
-        self._prepare(options)
+        if options.budget.real_time_factor is not None:
+            self._measure(options)
         self._stream = self.engine.open(options)
 
     def push(self, samples: np.ndarray) -> list[ChunkResult]:
@@ -110,7 +111,8 @@ class EdgeRecognizer:
         if self._stream is not None:
             raise StreamStateError("a stream is open; call finish() or close() before the next one")
         options = options or self.options
-        self._prepare(options)
+        if options.budget.real_time_factor is not None:
+            self._measure(options)
         return transcribe(self.engine, samples, options)
 
     def set_budget(self, budget: Budget) -> None:
@@ -120,10 +122,18 @@ class EdgeRecognizer:
             ConfigError: it cannot be met; the message says what the least possible is.
         """
         options = replace(self.options, budget=budget)
-        self._prepare(options)
+        if budget.real_time_factor is not None:
+            self._measure(options)
         if self._stream is not None:
             self.engine.set_budget(self._stream, budget)
         self.options = options
+
+    def least_real_time_factor(self, options: StreamOptions | None = None) -> float:
+        """Compute seconds per second of audio when every chunk leaves at the first exit: the least budget of time that
+        streams with `options` can have here. Measured on first use, in a fraction of a second."""
+        options = options or self.options
+        seconds = self._measure(options)
+        return 1000 * seconds / options.chunk_ms
 
     def set_device_state(self, state: DeviceState) -> None:
         """Tell how warm the device is and how full its battery; depth follows from the next chunk on."""
@@ -149,28 +159,24 @@ class EdgeRecognizer:
     def _apply_load(self) -> None:
         self.engine.set_load_ceiling(min(self._load.ceiling, self._device.ceiling(self._costs)))
 
-    def _prepare(self, options: StreamOptions) -> None:
-        """Know what time costs, if the budget is one of time.
+    def _measure(self, options: StreamOptions) -> float:
+        """Seconds for a chunk that leaves at the first exit, with everything around it; the cost model follows.
 
-        Measured are chunks that leave at the first exit, with everything around them: the least that a real-time
-        factor can be. Deeper exits may cost less per operation; the budget books the time that chunks really took.
+        Deeper exits may cost less per operation: a budget of time books what chunks really took.
         """
-        key = options.chunk_ms, options.fill
-        if options.budget.real_time_factor is None or self._measured == key:
-            return
-        config = self.model.config
+        key, config = (options.chunk_ms, options.fill), self.model.config
         frames = config.chunk_frames(options.chunk_ms)
-        shallow = replace(options, budget=Budget(max_exit_layer=config.exit_layers[0]))
-        engine, noise = Engine(self.model, slots=1), np.random.default_rng(0)
-        stream, seconds = engine.open(shallow), []
-        for _ in range(_WARM_UP_CHUNKS + _MEASURED_CHUNKS):
-            samples = 0.1 * noise.standard_normal(frames * config.samples_per_frame, np.float32)
-            begin = time.perf_counter()
-            engine.push(stream, samples)
-            output = engine.step()
-            seconds.append(time.perf_counter() - begin)
-            for _, failure in output.failures:
-                raise failure
+        if key not in self._first_exit_seconds:
+            shallow = replace(options, budget=Budget(max_exit_layer=config.exit_layers[0]))
+            engine, noise, seconds = Engine(self.model, slots=1), np.random.default_rng(0), []
+            stream = engine.open(shallow)
+            for _ in range(_WARM_UP_CHUNKS + _MEASURED_CHUNKS):
+                engine.push(stream, 0.1 * noise.standard_normal(frames * config.samples_per_frame, np.float32))
+                output = engine.step()
+                seconds.append(output.step_ms / 1000)
+                for _, failure in output.failures:
+                    raise failure
+            self._first_exit_seconds[key] = median(seconds[_WARM_UP_CHUNKS:])
         macs = self.model.macs.to_exit(0, frames, propagate=options.fill is Fill.PROPAGATE)
-        self.engine.seconds_per_mac = median(seconds[_WARM_UP_CHUNKS:]) / macs
-        self._measured = key
+        self.engine.seconds_per_mac = self._first_exit_seconds[key] / macs
+        return self._first_exit_seconds[key]
