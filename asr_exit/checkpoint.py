@@ -21,6 +21,7 @@ from asr_exit.cost import SegmentMacs
 from asr_exit.encoder import Encoder
 from asr_exit.errors import CheckpointError, ConfigError
 from asr_exit.tokenizer import Tokenizer
+from asr_exit.torch_backend import TorchBackend
 
 FORMAT = "asr-exit/1"
 BUNDLED = "model.safetensors"
@@ -41,6 +42,15 @@ class Model:
     def macs(self) -> SegmentMacs:
         """Multiply-accumulates of every part."""
         return SegmentMacs.of(self.encoder)
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The tokenizer's pieces by id."""
+        return self.tokenizer.pieces
+
+    def backend(self, slots: int, device: str | torch.device) -> TorchBackend:
+        """What the engine runs this model with; moves it to `device`."""
+        return TorchBackend(self.encoder, slots, device)
 
 
 def save_model(

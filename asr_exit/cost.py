@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from asr_exit.config import ModelConfig
-from asr_exit.encoder import Encoder
+
+if TYPE_CHECKING:
+    from asr_exit.encoder import Encoder
 
 
 @dataclass(frozen=True)
