@@ -106,7 +106,7 @@ def load(path: Path | str | None = None, device: str | torch.device = "cpu") -> 
             "save models with asr_exit.checkpoint.save_model"
         )
     try:
-        config = ModelConfig.from_dict(json.loads(metadata["config"]))
+        config = ModelConfig.from_dict({"handover_gain": True, **json.loads(metadata["config"])})  # older files had it
         tokenizer = Tokenizer(base64.b64decode(metadata["tokenizer"]))
         calibration, provenance = json.loads(metadata["calibration"]), json.loads(metadata["provenance"])
         encoder = Encoder(config)

@@ -87,6 +87,7 @@ class ModelConfig:
     max_chunk_frames: int = 16
     conv_lookahead: bool = True  # the convolution sees to the end of its chunk; False: causal
     self_conditioning: bool = True
+    handover_gain: bool = False  # a learned scale on the state between segments; lets deep segments fall idle
     head_hidden: tuple[int, ...] = ()  # per exit the width of a hidden layer in its head, 0 = none; empty: none
 
     def __post_init__(self) -> None:

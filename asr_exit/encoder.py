@@ -50,9 +50,9 @@ class Segment(nn.Module):
     """The layers between two exits, the exit after them, and the optional self-conditioning that feeds it back.
 
     Self-conditioning (arXiv 2104.02724) adds a projection of the exit's posteriors to the state that deeper segments
-    read, and the state handed on has unit root mean square times a learned gain: without that the residual stream
-    outgrows its branches, and deep layers can hardly change it. Every reader of the state normalises it first, so a
-    state can wait in an inbox, or be propagated past any number of segments, as it is.
+    read. The state handed on has unit root mean square: without that the residual stream outgrows its branches, and
+    deep layers can hardly change it. Every reader of the state normalises it first, so a state can wait in an inbox, or
+    be propagated past any number of segments, as it is.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -64,7 +64,8 @@ class Segment(nn.Module):
         hidden = config.head_hidden[index] if config.head_hidden else 0
         self.head = ExitHead(config.d_model, config.vocab_size, hidden)
         self.feedback = nn.Linear(config.vocab_size, config.d_model) if config.self_conditioning and not last else None
-        self.gain = None if last else nn.Parameter(torch.ones(()))
+        self.gain = nn.Parameter(torch.ones(())) if config.handover_gain and not last else None
+        self.last = last
 
     def forward(
         self,
@@ -82,8 +83,9 @@ class Segment(nn.Module):
         if self.feedback is not None and logits is not None:
             fed_back = self.feedback(logits.softmax(dim=-1))
             x = x + (fed_back if gate is None else gate * fed_back)
-        if self.gain is not None:
-            x = nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) * self.gain.to(x.dtype)
+        if not self.last:
+            x = nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+            x = x if self.gain is None else x * self.gain.to(x.dtype)
         return x, logits
 
     def propagate(self, x: Tensor, context: FrameContext, states: Sequence[LayerState]) -> None:
@@ -109,11 +111,7 @@ class Encoder(nn.Module):
             "list[Segment]",
             nn.ModuleList(Segment(config, index) for index in range(config.num_exits)),
         )
-        for segment in self.segments:  # start every block near the identity, so that a grown segment disturbs nothing
-            for layer in segment.layers:
-                for projection in (layer.ff_in.down, layer.attention.out, layer.conv.out, layer.ff_out.down):
-                    nn.init.normal_(projection.weight, std=0.02 / (2 * config.num_layers) ** 0.5)
-                    nn.init.zeros_(projection.bias)
+        for segment in self.segments:
             if segment.feedback is not None:
                 nn.init.zeros_(segment.feedback.weight)
                 nn.init.zeros_(segment.feedback.bias)

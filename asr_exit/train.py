@@ -18,7 +18,7 @@ from torch import Tensor
 
 from asr_exit.augment import Augment
 from asr_exit.data import Batch, BatchStream, FeatureStore, Position
-from asr_exit.encoder import Encoder, Segment
+from asr_exit.encoder import Encoder
 from asr_exit.errors import CheckpointError, ConfigError, EngineError
 from asr_exit.objective import Draw, draw, objective
 from asr_exit.parallel import Group
@@ -211,21 +211,16 @@ class Trainer:
         return mean_losses, norm
 
     def _grow(self, before: int, after: int) -> None:
-        """New segments start as copies of the last one trained so far, their residual branches at half strength.
+        """New segments start from their random initialisation with the exit head of the last one trained so far.
 
-        Progressive stacking (Gong et al., ICML 2019). Branches that start near zero stay there for long: the residual
-        stream has outgrown them by then, and deep exits stay as good as the one they were copied from.
+        Their branches are small against the normalised state at first, so the copied head works at once. Copies of
+        whole segments (progressive stacking) and branches that start near zero both ended as near-identities.
         """
-        segments = [segment for segment in self.model.segments if isinstance(segment, Segment)]
-        source = segments[before - 1].state_dict()
-        for segment in segments[before:after]:
-            own = segment.state_dict()
+        source = self.model.segments[before - 1].head.state_dict()
+        for segment in self.model.segments[before:after]:
+            own = segment.head.state_dict()
             fitting = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}
-            segment.load_state_dict({**own, **fitting})
-            for layer in segment.layers:
-                for projection in (layer.ff_in.down, layer.attention.out, layer.conv.out, layer.ff_out.down):
-                    for parameter in projection.parameters():
-                        parameter.data.mul_(0.5)
+            segment.head.load_state_dict({**own, **fitting})
         current = self.model.state_dict()
         for index in range(before, after):
             for name in self.ema:

@@ -39,11 +39,10 @@ def local() -> TrainConfig:
     return TrainConfig(
         name="local",
         model=LIBRISPEECH_MODEL,
-        minutes=95.0,
+        minutes=300.0,
         stages=(
-            Stage(0.04, 2, 37.5, 5.0, False, 2e-3),
-            Stage(0.12, 2, 56.0, 12.0, True, 2e-3),
-            Stage(0.22, 4, 70.0, 17.0, True, 2e-3),
+            Stage(0.015, 2, 37.5, 5.0, False, 2e-3),
+            Stage(0.035, 2, 60.0, 12.0, True, 2e-3),
             Stage(1.0, 6, 70.0, 17.0, True, 1.8e-3),
         ),
         decay_from=0.6,
