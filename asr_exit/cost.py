@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from asr_exit.budget import CostModel
 from asr_exit.config import ModelConfig
-from asr_exit.encoder import Encoder
+
+if TYPE_CHECKING:
+    from asr_exit.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class SegmentMacs:
     config: ModelConfig
     subsampling_per_frame: int
     layer_per_frame: int  # without attention scores
-    head_per_frame: int
+    heads_per_frame: tuple[int, ...]  # per exit
     feedback_per_frame: int
 
     @classmethod
@@ -33,7 +32,7 @@ class SegmentMacs:
             encoder.config,
             encoder.subsampling.macs_per_frame(),
             segment.layers[0].macs_per_frame(),
-            segment.head.out.weight.numel(),
+            tuple(segment.head.macs_per_frame() for segment in encoder.segments),
             0 if segment.feedback is None else segment.feedback.weight.numel(),
         )
 
@@ -52,7 +51,7 @@ class SegmentMacs:
         feeds_back = self.config.self_conditioning and index < self.config.num_exits - 1
         if feeds_back:
             total += frames * self.feedback_per_frame
-        return total + (frames * self.head_per_frame if with_head or feeds_back else 0)
+        return total + (frames * self.heads_per_frame[index] if with_head or feeds_back else 0)
 
     def propagate(self, frames: int) -> int:
         """Filling one skipped segment's caches from an exit's hidden state, once a later chunk needs them."""
@@ -92,17 +91,3 @@ class SegmentMacs:
         """What leaving at each exit costs per second of audio, in chunks of `chunk_frames`, without filling."""
         costs = [float(self.to_exit(index, chunk_frames)) for index in range(self.config.num_exits)]
         return CostModel.from_chunk(costs, chunk_frames * self.config.frame_ms / 1000, seconds_per_mac)
-
-
-@torch.inference_mode()
-def measure_seconds_per_mac(encoder: Encoder, device: torch.device) -> float:
-    """Time of one multiply-accumulate at batch 1 on this device: median over a few full-depth chunks."""
-    config, times = encoder.config, []
-    frames = config.max_chunk_frames
-    features = torch.zeros(1, frames * config.subsampling, config.features.num_mels, device=device)
-    lengths = torch.tensor([features.shape[1]], device=device)
-    for _ in range(7):
-        begin = time.perf_counter()
-        encoder(features, lengths, chunk_frames=frames).logits[-1].cpu()
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times[2:])) / SegmentMacs.of(encoder).full(frames)

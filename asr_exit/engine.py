@@ -2,7 +2,8 @@
 
 A step takes at most one chunk per stream and sweeps the segments from shallow to deep. At each segment the batch is
 exactly the streams that go on; those that leave put their chunk into the next segment's inbox (`catch_up`) or have the
-skipped layers filled at once (`propagate`, `hole`). Not thread-safe: one thread owns an engine.
+skipped layers filled at once (`propagate`, `hole`). What computes is behind `asr_exit.backend.Backend`; there are no
+tensors here. Not thread-safe: one thread owns an engine.
 """
 
 from __future__ import annotations
@@ -10,17 +11,15 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-import torch
 
+from asr_exit.backend import StreamingModel
 from asr_exit.budget import Budget, DepthBudget
-from asr_exit.cache import CachePool
 from asr_exit.captions import Captions
-from asr_exit.checkpoint import Model
-from asr_exit.cost import measure_seconds_per_mac
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
-from asr_exit.evidence import score
+from asr_exit.evidence import with_beam_share
 from asr_exit.features import StreamingLogMel
 from asr_exit.policy import Reason
 from asr_exit.stream import Blame, Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions, make_decoder
@@ -29,16 +28,14 @@ from asr_exit.stream import Blame, Chunk, ChunkResult, Fill, StepOutput, Stream,
 class Engine:
     """Runs streams over one model."""
 
-    def __init__(self, model: Model, *, slots: int = 64, device: str | torch.device = "cpu") -> None:
+    def __init__(self, model: StreamingModel, *, slots: int = 64, device: Any = "cpu") -> None:
         """`slots`: most streams open at once. Memory per slot is fixed (caches of every layer)."""
-        self.model, self.config, self.encoder = model, model.config, model.encoder.to(device)
-        self.device = torch.device(device)
-        self.macs = model.macs
-        self.pool = CachePool(self.config, slots, self.encoder.subsampling.tail_shapes(), self.device)
+        self.model, self.config, self.macs = model, model.config, model.macs
+        self.backend = model.backend(slots, device)
         self.slots = slots
         self._streams: dict[int, Stream] = {}  # by slot
         self._load_cap = self.config.num_exits - 1
-        self.seconds_per_mac = measure_seconds_per_mac(self.encoder, self.device)
+        self.seconds_per_mac = self.backend.seconds_per_mac()
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -54,7 +51,7 @@ class Engine:
         cost = self.macs.cost_model(chunk_frames, self.seconds_per_mac)
         adjustable = options.policy.adjustable
         budget = DepthBudget(options.budget, cost, self.config.exit_layers, target=adjustable)
-        slot = self.pool.acquire()
+        slot = self.backend.acquire()
         if slot is None:
             raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")
         stream = Stream(
@@ -62,7 +59,7 @@ class Engine:
             options=options,
             chunk_frames=chunk_frames,
             features=StreamingLogMel(self.config.features),
-            captions=Captions(make_decoder(options), self.model.tokenizer.pieces, self.config.frame_ms),
+            captions=Captions(make_decoder(options), self.model.pieces, self.config.frame_ms),
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
             deepest=deepest,
@@ -97,13 +94,13 @@ class Engine:
         if not stream.closed:
             stream.closed = True
             del self._streams[stream.slot]
-            self.pool.release(stream.slot)
+            self.backend.release(stream.slot)
             for inbox in stream.inboxes:
                 inbox.clear()
 
     def set_budget(self, stream: Stream, budget: Budget) -> None:
         """Change a stream's budget from its next chunk on. Raises ConfigError when it cannot be met."""
-        stream.budget.update(budget)
+        stream.budget.update(budget, self.macs.cost_model(stream.chunk_frames, self.seconds_per_mac))
 
     def set_load_ceiling(self, exit_index: int | None) -> None:
         """Deepest exit that load allows; None = no limit."""
@@ -112,7 +109,7 @@ class Engine:
 
     @property
     def free_slots(self) -> int:
-        return len(self.pool.free)
+        return self.backend.free_slots
 
     def ready(self) -> int:
         """Streams that the next step would serve."""
@@ -125,7 +122,6 @@ class Engine:
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def step(self) -> StepOutput:
         """Serve every ready stream one chunk. Streams that fail are closed and reported; the others never notice."""
         begin = time.perf_counter()
@@ -152,10 +148,14 @@ class Engine:
                 failures.append((stream, stream.failure))
                 self.close(stream)
             else:
-                stream.budget.spend(stream.step_macs, self._audio_seconds(stream))
                 stream.total_macs += stream.step_macs
                 results.append(self._result(stream))
-        return StepOutput(results, failures, 1000 * (time.perf_counter() - begin))
+        seconds = time.perf_counter() - begin
+        total_macs = max(1, sum(result.encoder_macs for result in results))
+        for result in results:
+            stream, macs = result.stream, result.encoder_macs
+            stream.budget.spend(macs, self._audio_seconds(stream), seconds * macs / total_macs)
+        return StepOutput(results, failures, 1000 * seconds)
 
     def _audio_seconds(self, stream: Stream) -> float:
         return 0.0 if stream.current is None else stream.current.frames * self.config.frame_ms / 1000
@@ -170,15 +170,8 @@ class Engine:
                 groups[-(-len(features) // factor)].append((stream, features))
         for frames, members in groups.items():
             with Blame([stream for stream, _ in members]):
-                padded = np.zeros((len(members), frames * factor, self.config.features.num_mels), np.float32)
-                for row, (_, features) in enumerate(members):
-                    padded[row, : len(features)] = features
-                batch = self.encoder.normalise(torch.from_numpy(padded).to(self.device))
-                for row, (_, features) in enumerate(members):
-                    batch[row, len(features) :] = 0.0
-                slots = torch.tensor([stream.slot for stream, _ in members], device=self.device)
-                states, tails = self.encoder.subsampling(batch, self.pool.swap_tails(slots))
-                self.pool.swap_tails(slots, tails)
+                slots = np.array([stream.slot for stream, _ in members])
+                states = self.backend.subsample(slots, [features for _, features in members], frames)
                 for (stream, _), state in zip(members, states, strict=True):
                     stream.current = Chunk(stream.chunks, stream.next_frame, frames, state)
                     stream.chunks += 1
@@ -205,7 +198,7 @@ class Engine:
 
     def _run_segment(self, segment: int, streams: list[Stream], rounds: int | None = None) -> None:
         """Work off the inboxes of one segment, one chunk per stream and round, so that a batch has one shape."""
-        self._propagate_waiting(segment, [s for s in streams if s.waiting(segment) > 1 and s.failure is None])
+        self._propagate_waiting(segment, streams)
         while rounds != 0 and (waiting := [s for s in streams if s.inboxes[segment] and s.failure is None]):
             rounds = None if rounds is None else rounds - 1
             groups: dict[tuple[int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
@@ -218,21 +211,26 @@ class Engine:
 
     def _run_batch(self, segment: int, frames: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
         slots = np.array([stream.slot for stream, _ in members])
-        before = torch.stack([chunk.state for _, chunk in members])
-        context, states = self.pool.begin(segment, slots, frames, chunk_frames)
         judged = any(stream.policy.needs_evidence and segment < stream.cap for stream, _ in members)
+        beams = max(stream.policy.beams for stream, _ in members) if judged else 0
         read = judged or any(segment >= stream.cap for stream, _ in members)
-        after, logits = self.encoder.segments[segment](before, context, states, want_logits=read)
+        states, scores = self.backend.run(
+            segment,
+            slots,
+            [chunk.state for _, chunk in members],
+            frames,
+            chunk_frames,
+            [chunk.scores for _, chunk in members],
+            read=read,
+            want_log_probs=beams > 0 or any(stream.options.decoder == "beam" for stream, _ in members),
+            want_evidence=judged,
+            want_similarity=any(stream.policy.needs_similarity for stream, _ in members),
+        )
         cost = self.macs.segment(segment, frames, with_head=read)
-        scores = None
-        if read:
-            beams = any(stream.options.decoder == "beam" for stream, _ in members)
-            widest = max(stream.policy.beams for stream, _ in members)
-            previous = [chunk.scores for _, chunk in members]
-            compared = before if any(stream.policy.needs_similarity for stream, _ in members) else None
-            scores = score(logits, compared, after, previous, beams, judged, widest)
+        if scores is not None and beams:
+            scores = [with_beam_share(item, beams) for item in scores]
         for row, (stream, chunk) in enumerate(members):
-            chunk.state, chunk.exit_index = after[row], segment
+            chunk.state, chunk.exit_index = states[row], segment
             stream.step_macs += cost
             if scores is not None:
                 chunk.scores = scores[row]
@@ -272,22 +270,21 @@ class Engine:
 
     def _propagate_waiting(self, segment: int, streams: list[Stream]) -> None:
         """Fill `propagate`: what waits at a door is filled in when a later chunk passes it, and not before."""
-        groups: dict[tuple[int, int], list[tuple[Stream, list[Chunk]]]] = defaultdict(list)
-        for stream in streams:
-            if stream.options.fill is Fill.PROPAGATE:
-                inbox = stream.inboxes[segment]
-                chunks = [inbox.popleft() for _ in range(len(inbox) - 1)]
-                groups[sum(chunk.frames for chunk in chunks), stream.chunk_frames].append((stream, chunks))
-        for (frames, chunk_frames), members in groups.items():
-            with Blame([stream for stream, _ in members]):
-                slots = np.array([stream.slot for stream, _ in members])
-                context, states = self.pool.begin(segment, slots, frames, chunk_frames)
-                before = torch.stack([torch.cat([chunk.state for chunk in chunks]) for _, chunks in members])
-                self.encoder.segments[segment].propagate(before, context, states)
-            for stream, chunks in members:
-                stream.step_macs += len(chunks) * self.macs.propagate(chunk_frames)
-                if segment < stream.deepest:
-                    stream.inboxes[segment + 1].extend(chunks)
+        filling = [stream for stream in streams if stream.options.fill is Fill.PROPAGATE]
+        while filling := [s for s in filling if s.waiting(segment) > 1 and s.failure is None]:
+            groups: dict[tuple[int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
+            for stream in filling:
+                chunk = stream.inboxes[segment].popleft()
+                groups[chunk.frames, stream.chunk_frames].append((stream, chunk))
+            for (frames, chunk_frames), members in groups.items():
+                with Blame([stream for stream, _ in members]):
+                    slots = np.array([stream.slot for stream, _ in members])
+                    states = [chunk.state for _, chunk in members]
+                    self.backend.propagate(segment, slots, states, frames, chunk_frames)
+                for stream, chunk in members:
+                    stream.step_macs += self.macs.propagate(frames)
+                    if segment < stream.deepest:
+                        stream.inboxes[segment + 1].append(chunk)
 
     def _fill_skipped(self, streams: list[Stream]) -> None:
         """Settle what waits at the doors of skipped segments, by each stream's fill."""
@@ -303,7 +300,7 @@ class Engine:
                     groups[chunk.frames, stream.chunk_frames].append((stream, chunk))
             for (frames, _), members in groups.items():
                 with Blame([stream for stream, _ in members]):
-                    self.pool.leave_hole(segment, np.array([stream.slot for stream, _ in members]), frames)
+                    self.backend.leave_hole(segment, np.array([stream.slot for stream, _ in members]), frames)
                 for stream, chunk in members:
                     if segment < stream.deepest:
                         stream.inboxes[segment + 1].append(chunk)
@@ -326,7 +323,6 @@ class Engine:
     def _may_catch_up(stream: Stream) -> bool:
         return stream.options.fill is Fill.CATCH_UP and not stream.budget.budget.has_target
 
-    @torch.inference_mode()
     def catch_up(self) -> bool:
         """For idle moments: bring at most one waiting chunk per stream and segment deeper, as budget and load allow.
 

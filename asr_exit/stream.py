@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from torch import Tensor
-
+from asr_exit.backend import State
 from asr_exit.beam import PrefixBeamDecoder
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
@@ -66,7 +65,7 @@ class Chunk:
     index: int
     start_frame: int
     frames: int
-    state: Tensor  # (T, D) input of the next segment
+    state: State  # (T, D) input of the next segment
     exit_index: int = -1  # deepest exit computed so far
     scores: ExitScores | None = None  # of the deepest exit that was read
     settled: bool = False  # no deeper answer will come

@@ -17,7 +17,7 @@ from asr_exit.calibration.workers import Recording, Workers, samples_of
 from asr_exit.checkpoint import Model
 from asr_exit.cost import SegmentMacs
 from asr_exit.errors import ConfigError
-from asr_exit.evidence import ExitScores, collapse, score
+from asr_exit.evidence import ExitScores, collapse, score, with_beam_share
 from asr_exit.features import log_mel
 from asr_exit.policy import Criterion, Evidence
 from asr_exit.tokenizer import Tokenizer
@@ -174,7 +174,8 @@ def _observe(model: Model, recording: Recording, chunk_ms: float, beams: int) ->
         for first, count, size in _blocks(sizes):
             span = slice(first * chunk_frames, first * chunk_frames + count * size)
             parts = [x[0, span].unflatten(0, (count, size)) for x in (exit_logits, before, after)]
-            rows += score(*parts, previous[first : first + count], want_log_probs=False, beams=beams)
+            found = score(*parts, previous[first : first + count], want_log_probs=beams > 0)
+            rows += [with_beam_share(item, beams) for item in found] if beams else found
         scores.append(rows)
         previous = list(rows)
     ids = [[item.frames.ids for item in row] for row in scores]

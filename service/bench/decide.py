@@ -12,7 +12,7 @@ import torch
 
 from asr_exit.checkpoint import Model
 from asr_exit.engine import Engine
-from asr_exit.evidence import ExitScores, score
+from asr_exit.evidence import ExitScores, score, with_beam_share
 from asr_exit.policies.learned import FEATURES, ExitWeights
 from asr_exit.policy import CRITERIA, Criterion, Full, Gate, QExit, default_criterion
 from asr_exit.stream import StreamOptions
@@ -89,7 +89,9 @@ def _decide(policy: Criterion, logits: torch.Tensor, hidden: torch.Tensor, num_e
     previous: list[ExitScores | None] = [None] * len(logits)
     for exit_index in range(num_exits - 1):
         before = hidden[0] if policy.needs_similarity else None
-        scores = score(logits, before, hidden[1], previous, want_log_probs=False, beams=policy.beams)
+        scores = score(logits, before, hidden[1], previous, want_log_probs=policy.beams > 0)
+        if policy.beams:
+            scores = [with_beam_share(item, policy.beams) for item in scores]
         for item in scores:
             policy.stop(exit_index, item.evidence)
         previous = list(scores)

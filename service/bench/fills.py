@@ -25,7 +25,7 @@ from asr_exit.calibration.replay import Replay
 from asr_exit.calibration.workers import Recording, samples_of
 from asr_exit.checkpoint import Model
 from asr_exit.ctc import BLANK
-from asr_exit.evidence import ExitScores, collapse, score
+from asr_exit.evidence import ExitScores, collapse, score, with_beam_share
 from asr_exit.features import log_mel
 from asr_exit.metrics import word_errors
 from asr_exit.policy import Criterion, ExitPolicy, Full
@@ -105,7 +105,9 @@ class _ChunkDecisions:
         parts = [x.split(self._chunk_frames, dim=1) for x in (logits, before, after)]
         for chunk, (scores, low, high) in enumerate(zip(*parts, strict=True)):
             earlier = self._previous[chunk] if self._previous else None
-            found = score(scores, low, high, [earlier], want_log_probs=False, beams=self._policy.beams)[0]
+            found = score(scores, low, high, [earlier], want_log_probs=self._policy.beams > 0)[0]
+            if self._policy.beams:
+                found = with_beam_share(found, self._policy.beams)
             current.append(found)
             stops += [self._policy.stop(exit_index, found.evidence)] * scores.shape[1]
         self._previous = current
@@ -153,8 +155,9 @@ def masked_forward(
             macs += costs.segment(index, left, True) - left * skipped_ff if mixers else costs.propagate(left)
         if segment.feedback is not None:
             x = x + whole.to(x.dtype)[None, :, None] * segment.feedback(logits.softmax(dim=-1))
-        if segment.gain is not None:
-            x = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) * segment.gain
+        if not segment.last:
+            x = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+            x = x if segment.gain is None else x * segment.gain
         if index < config.num_exits - 1:
             going = going & ~decide(index, logits, before, x)
     return labels.numpy(), round(macs)

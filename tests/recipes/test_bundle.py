@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from asr_exit.checkpoint import Model, load
+from asr_exit.errors import CheckpointError
 from asr_exit.policy import parse_policy
 from asr_exit.recognizer import Recognizer
 from asr_exit.stream import StreamOptions
@@ -70,10 +71,10 @@ def test_unfinished_or_mismatched_runs_are_refused(tiny_run: Path, tmp_path: Pat
     config = json.loads((run / "config.json").read_text())
     config["model"]["ff_dim"] = 64
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match="does not fit"):
+    with pytest.raises(SystemExit, match="not fit"):
         bundle.main(["--run", str(run), "--out", str(out)])
     (run / "ema.safetensors").write_bytes(b"half")
-    with pytest.raises(SystemExit, match="does not fit"):
+    with pytest.raises(SystemExit, match="not fit"):
         bundle.main(["--run", str(run), "--out", str(out)])
     assert not out.exists()
 
@@ -97,3 +98,15 @@ def test_sources_and_targets_are_checked(model_file: Path, speech: Path, tmp_pat
         calibrate.main(common)
     with pytest.raises(SystemExit, match="target"):
         calibrate.main([*common, "--librispeech", str(speech), "--subset", "sine", "--target", "1.5"])
+
+
+def test_a_run_without_exported_weights_is_bundled_from_its_state(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "ema.safetensors").unlink()
+    bare = bundle.bundle(run, tmp_path / "bare.safetensors")
+    exported = bundle.bundle(tiny_run, tmp_path / "exported.safetensors")
+    torch.testing.assert_close(bare.encoder.state_dict(), exported.encoder.state_dict(), rtol=0, atol=0)
+    (run / "state.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks ema\.safetensors"):
+        bundle.bundle(run, tmp_path / "none.safetensors")
