@@ -161,11 +161,21 @@ def _summaries(
 
 
 def _evidence(summary: list[float], text: bytes, earlier: ExitScores | None) -> Evidence:
-    *shared, similarity, lowest = summary
-    if earlier is None or earlier.evidence is UNJUDGED:
-        return Evidence(*shared, 0.0, similarity, lowest)
-    agreement = float(text == earlier.text)
-    return Evidence(*shared, agreement, similarity, lowest, previous=earlier.evidence)
+    posterior, posterior_all, entropy, entropy_all, blank_mass, similarity, lowest = summary
+    agreement, previous = 0.0, None
+    if earlier is not None and earlier.evidence is not UNJUDGED:
+        agreement, previous = float(text == earlier.text), earlier.evidence
+    return Evidence(
+        posterior,
+        posterior_all,
+        entropy,
+        entropy_all,
+        blank_mass,
+        agreement,
+        similarity,
+        lowest,
+        previous=previous,
+    )
 
 
 def collapse(ids: np.ndarray) -> np.ndarray:

@@ -173,8 +173,8 @@ def _observe(model: Model, recording: Recording, chunk_ms: float, beams: int) ->
         rows: list[ExitScores] = []
         for first, count, size in _blocks(sizes):
             span = slice(first * chunk_frames, first * chunk_frames + count * size)
-            parts = [x[0, span].unflatten(0, (count, size)) for x in (exit_logits, before, after)]
-            found = score(*parts, previous[first : first + count], want_log_probs=beams > 0)
+            said, low, high = (x[0, span].unflatten(0, (count, size)) for x in (exit_logits, before, after))
+            found = score(said, low, high, previous[first : first + count], want_log_probs=beams > 0)
             rows += [with_beam_share(item, beams) for item in found] if beams else found
         scores.append(rows)
         previous = list(rows)

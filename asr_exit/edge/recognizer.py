@@ -177,6 +177,6 @@ class EdgeRecognizer:
                 for _, failure in output.failures:
                     raise failure
             self._first_exit_seconds[key] = median(seconds[_WARM_UP_CHUNKS:])
-        macs = self.model.macs.to_exit(0, frames, propagate=options.fill is Fill.PROPAGATE)
+        macs = self.model.macs.to_exit(0, frames)
         self.engine.seconds_per_mac = self._first_exit_seconds[key] / macs
         return self._first_exit_seconds[key]

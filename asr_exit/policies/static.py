@@ -98,7 +98,8 @@ def _tilted(num_exits: int, mean_depth: float) -> tuple[float, ...]:
         weights = [math.exp(tilt * (k / max(1, last) - (tilt > 0))) for k in range(num_exits)]
         mean = sum(k * w for k, w in enumerate(weights)) / sum(weights)
         low, high = (tilt, high) if mean < mean_depth * last else (low, tilt)
-    total, cumulative = sum(weights), []
+    cumulative: list[float] = []
+    total = sum(weights)
     for weight in weights:
         cumulative.append((cumulative[-1] if cumulative else 0.0) + weight / total)
     return tuple(cumulative)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -58,7 +59,7 @@ def measure_decision(
             start = (turn + WARM_UP_TURNS) * length + index * (len(samples) // batch)
             engine.push(stream, looped(samples, start, length))
         times = [_timed(clock, engine.step)]
-        times += [_timed(clock, lambda p=policy: _decide(p, logits, hidden, config.num_exits)) for policy in policies]
+        times += [_timed(clock, partial(_decide, policy, logits, hidden, config.num_exits)) for policy in policies]
         if turn >= 0:
             steps.append(times[0])
             for policy, seconds in zip(policies, times[1:], strict=True):

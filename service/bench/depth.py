@@ -125,8 +125,9 @@ def study(
         "budgets": _budgets(runner, default, found.static[-1]),
         "snr": _noisy(runner, default, found.default, noise, config.exit_layers),
     }
-    longest = max(range(len(runner.recordings)), key=lambda index: found.default.replays[index].full_macs)
-    found.example = runner.recordings[longest], found.default.replays[longest]
+    replays = found.default.replays
+    longest = max(range(len(replays)), key=lambda index: replays[index].full_macs)
+    found.example = runner.recordings[longest], replays[longest]
     return found
 
 

@@ -44,10 +44,10 @@ def compare_fills(runner: Runner) -> list[dict[str, Any]]:
     policy = runner.policy("auto")
     points = [runner.point("full depth", Full())]
     points += [runner.point(f"{fill}, default policy", policy, fill=fill) for fill in Fill]
-    capped = {"fill": Fill.CATCH_UP, "catch_up_cap_chunks": CAP_CHUNKS}
-    points.append(runner.point(f"catch_up, backlog at most {CAP_CHUNKS} chunks", policy, **capped))
-    half = {"fill": Fill.CATCH_UP, "budget": Budget(mean_depth=0.5)}
-    points.append(runner.point("catch_up, budget 0.5 (backlog given up)", policy, **half))
+    capped = f"catch_up, backlog at most {CAP_CHUNKS} chunks"
+    points.append(runner.point(capped, policy, fill=Fill.CATCH_UP, catch_up_cap_chunks=CAP_CHUNKS))
+    half = Budget(mean_depth=0.5)
+    points.append(runner.point("catch_up, budget 0.5 (backlog given up)", policy, fill=Fill.CATCH_UP, budget=half))
     chunk_ms = runner.options.chunk_ms
     points.append(_offline(runner, "feed-forward skip, default policy", chunk_ms, policy, None))
     points += [_offline(runner, f"frame skip, blank >= {p:g}", chunk_ms, None, p) for p in BLANK_CONFIDENCES]
