@@ -17,7 +17,7 @@ import numpy as np
 from asr_exit.calibration.gates import train_gates, train_hazards
 from asr_exit.calibration.observe import Observations, observe
 from asr_exit.calibration.replay import outcome, replay
-from asr_exit.calibration.solve import Row, choose, exits_of, solve, thinned
+from asr_exit.calibration.solve import Row, choose, exits_of, solve, static_thresholds, thinned
 from asr_exit.calibration.workers import Recording, Workers
 from asr_exit.errors import ConfigError
 from asr_exit.policies.criteria import BEAMS
@@ -129,6 +129,9 @@ def table(policy: Criterion, observations: Observations) -> list[Row]:
     for thresholds in dict.fromkeys(solve(confidence, observations.harm, observations.edits, costs)):
         exits = exits_of(confidence, thresholds)
         rows.append(Row(observations.macs_fraction(exits), observations.wer(exits), thresholds))
+    for k in range(len(confidence) - 1):  # a criterion must not do worse than an exit that it could always take
+        cost = observations.macs_fraction(np.full(confidence.shape[1], k))
+        rows.append(Row(cost, observations.static_wer(k), static_thresholds(k, len(confidence))))
     return thinned(rows)
 
 
@@ -179,7 +182,9 @@ class _Probe:
         dearer.append(0.0)
         worse.append(0.0)
         return [
-            Row(
+            row
+            if row.is_static
+            else Row(
                 min(1.0, row.macs_fraction + float(np.interp(row.macs_fraction, places, dearer))),
                 row.wer * (1.0 + float(np.interp(row.macs_fraction, places, worse))),
                 row.thresholds,

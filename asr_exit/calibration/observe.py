@@ -35,6 +35,7 @@ class Observation:
     harm: np.ndarray  # (E, n) word errors more than at full depth when this chunk alone leaves at that exit
     errors: int  # word errors at full depth
     words: int  # of the reference
+    static_errors: tuple[int, ...] = ()  # per exit, word errors when every chunk leaves there
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ class Observations:
         more = self.harm[exits, np.arange(len(exits))].sum()
         return self.full_wer + float(more) / max(1, self.words)
 
+    def static_wer(self, exit_index: int) -> float:
+        """Word error rate when every chunk leaves at one exit: exact."""
+        return sum(item.static_errors[exit_index] for item in self.items) / max(1, self.words)
+
     def macs_fraction(self, exits: np.ndarray) -> float:
         """Cost of the same as a share of full depth: layers are filled where a later chunk goes that deep in time."""
         chunks = np.arange(len(exits))
@@ -179,7 +184,7 @@ def _observe(model: Model, recording: Recording, chunk_ms: float, beams: int) ->
         scores.append(rows)
         previous = list(rows)
     ids = [[item.frames.ids for item in row] for row in scores]
-    harm, errors, words = _harm(model.tokenizer, ids, recording.text)
+    harm, static_errors, words = _harm(model.tokenizer, ids, recording.text)
     return Observation(
         ids=np.stack([np.concatenate(row) for row in ids]),
         evidence=tuple(tuple(item.evidence for item in row) for row in scores),
@@ -187,8 +192,9 @@ def _observe(model: Model, recording: Recording, chunk_ms: float, beams: int) ->
         seconds=len(samples) / model.config.features.sample_rate_hertz,
         edits=_edits(ids),
         harm=harm,
-        errors=errors,
+        errors=static_errors[-1],
         words=words,
+        static_errors=static_errors,
     )
 
 
@@ -220,18 +226,21 @@ def _edits(ids: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     return np.array([[Levenshtein.distance(a, b) for a, b in zip(row, deepest, strict=True)] for row in pieces])
 
 
-def _harm(tokenizer: Tokenizer, ids: Sequence[Sequence[np.ndarray]], reference: str) -> tuple[np.ndarray, int, int]:
-    """(E, n) errors more than at full depth for one chunk leaving early, errors at full depth, reference words."""
+def _harm(
+    tokenizer: Tokenizer, ids: Sequence[Sequence[np.ndarray]], reference: str
+) -> tuple[np.ndarray, tuple[int, ...], int]:
+    """(E, n) errors more than at full depth for one chunk leaving early, errors of each exit, reference words."""
     deepest, wanted = list(ids[-1]), reference.split()
 
     def errors(parts: Sequence[np.ndarray]) -> int:
         text = tokenizer.decode(collapse(np.concatenate(parts)).tolist())
         return int(Levenshtein.distance(wanted, text.split()))
 
-    base = errors(deepest)
+    static = tuple(errors(row) for row in ids)
+    base = static[-1]
     harm = np.zeros((len(ids), len(deepest)), np.int32)
     for k, row in enumerate(ids[:-1]):
         for n, part in enumerate(row):
             if part.tobytes() != deepest[n].tobytes():
                 harm[k, n] = errors([*deepest[:n], part, *deepest[n + 1 :]]) - base
-    return harm, base, len(wanted)
+    return harm, static, len(wanted)

@@ -34,6 +34,11 @@ class Row:
     wer: float
     thresholds: tuple[float, ...]
 
+    @property
+    def is_static(self) -> bool:
+        """Every chunk leaves at the same exit."""
+        return set(self.thresholds) <= {np.inf, -np.inf}
+
     def native(self, criterion: type[Criterion]) -> list[float | None]:
         """Thresholds as the policy counts them; None for "not here"."""
         least, most = (criterion.largest, 0.0) if criterion.low_is_sure else (0.0, criterion.largest)
@@ -51,6 +56,11 @@ class Row:
             "wer": round(self.wer, 4),
             "thresholds": self.native(criterion),
         }
+
+
+def static_thresholds(exit_index: int, num_exits: int) -> tuple[float, ...]:
+    """Thresholds (E - 1,) at which every chunk leaves at `exit_index`."""
+    return tuple(-np.inf if k == exit_index else np.inf for k in range(num_exits - 1))
 
 
 def exits_of(confidence: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:

@@ -30,8 +30,10 @@ def plot(found: DepthStudy, exit_layers: Sequence[int], path: Path) -> None:
     figure = Figure(figsize=(11, 9), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(3, 3, height_ratios=(3, 1, 1))
-    _trade(figure.add_subplot(grid[0, :2]), found)
-    _noise(figure.add_subplot(grid[0, 2]), found.values["snr"])
+    noisy = bool(found.values["snr"])
+    _trade(figure.add_subplot(grid[0, :2] if noisy else grid[0, :]), found)
+    if noisy:
+        _noise(figure.add_subplot(grid[0, 2]), found.values["snr"])
     wave = figure.add_subplot(grid[1, :])
     _example(wave, figure.add_subplot(grid[2, :], sharex=wave), found, exit_layers)
     figure.savefig(path, dpi=110)
@@ -60,7 +62,7 @@ def _line(points: Sequence[Any]) -> tuple[list[float], list[float]]:
 
 
 def _noise(axes: Any, snr: dict[str, Any]) -> None:
-    rows = snr.get("rows", [])
+    rows = snr["rows"]
     names = ["clean" if row["snr_db"] is None else f"{row['snr_db']:g}" for row in rows]
     axes.plot(names, [row["mean_exit_layer"] for row in rows], "o-")
     axes.set_xlabel("signal-to-noise ratio, dB")

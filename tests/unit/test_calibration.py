@@ -13,7 +13,7 @@ from asr_exit.calibration.calibrate import calibrate, table, trained
 from asr_exit.calibration.gates import train_gates, train_hazards
 from asr_exit.calibration.observe import Observations, observe
 from asr_exit.calibration.replay import Joined, Mixed, outcome, replay
-from asr_exit.calibration.solve import Row, choose, descend, exits_of, solve, thinned
+from asr_exit.calibration.solve import Row, choose, descend, exits_of, solve, static_thresholds, thinned
 from asr_exit.calibration.workers import Recording, Workers
 from asr_exit.checkpoint import Model
 from asr_exit.errors import ConfigError
@@ -130,6 +130,19 @@ def test_unknown_confidence_never_leaves() -> None:
     confidence = np.array([[-np.inf, 0.5], [0.0, 0.0]])
     thresholds = descend(confidence, np.array([[0.0, 0.0], [1.0, 1.0]]), (np.inf,))
     assert exits_of(np.nan_to_num(confidence, neginf=-np.inf), (max(thresholds[0], -1e9),)).tolist() == [1, 0]
+
+
+def test_static_exits_are_in_every_table_where_they_are_good(
+    model: Model, observations: Observations, recordings: list[Recording]
+) -> None:
+    for k, layer in enumerate(model.config.exit_layers):
+        found = outcome(replay(model, observations.recordings, dataclasses.replace(OPTIONS, policy=Fixed(layer))))
+        assert observations.static_wer(k) == pytest.approx(found.wer)
+    best = min(observations.static_wer(k) for k in range(5))
+    assert min(row.wer for row in table(trained("similarity", observations), observations)) <= best
+    assert Row(0.3, 0.5, static_thresholds(1, 6)).is_static
+    assert exits_of(observations.confidence(Posterior(0.0)), static_thresholds(3, 6)).tolist() == [3] * observations.macs.shape[1]
+    assert not Row(0.3, 0.5, (0.5, np.inf)).is_static
 
 
 def test_dearer_compute_means_shallower_exits(observations: Observations) -> None:
