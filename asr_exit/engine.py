@@ -271,26 +271,25 @@ class Engine:
     def _fill_skipped(self, streams: list[Stream]) -> None:
         """Settle what waits at the doors of skipped segments, by each stream's fill."""
         for segment in range(1, self.config.num_exits):
-            groups: dict[tuple[bool, int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
-            for stream in streams:
-                limit = stream.options.catch_up_cap_chunks if stream.options.fill is Fill.CATCH_UP else 0
-                while stream.waiting(segment) > limit:
+            while over := [s for s in streams if s.waiting(segment) > _most_waiting(s) and s.failure is None]:
+                groups: dict[tuple[bool, int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
+                for stream in over:  # one chunk each: a slot may stand only once in a batch
                     chunk = stream.inboxes[segment].popleft()
                     chunk.settled = True
                     propagates = stream.options.fill is Fill.PROPAGATE
                     groups[propagates, chunk.frames, stream.chunk_frames].append((stream, chunk))
-            for (propagates, frames, chunk_frames), members in groups.items():
-                with _blame([stream for stream, _ in members]):
-                    slots = np.array([stream.slot for stream, _ in members])
-                    if propagates:
-                        waiting = [chunk.state for _, chunk in members]
-                        self.backend.propagate(segment, slots, waiting, frames, chunk_frames)
-                    else:
-                        self.backend.leave_hole(segment, slots, frames)
-                for stream, chunk in members:
-                    stream.step_macs += self.macs.propagate(frames) if propagates else 0
-                    if segment < stream.deepest:
-                        stream.inboxes[segment + 1].append(chunk)
+                for (propagates, frames, chunk_frames), members in groups.items():
+                    with _blame([stream for stream, _ in members]):
+                        slots = np.array([stream.slot for stream, _ in members])
+                        if propagates:
+                            left = [[chunk.state] for _, chunk in members]
+                            self.backend.propagate(segment, slots, left, frames, chunk_frames)
+                        else:
+                            self.backend.leave_hole(segment, slots, frames)
+                    for stream, chunk in members:
+                        stream.step_macs += self.macs.propagate(frames) if propagates else 0
+                        if segment < stream.deepest:
+                            stream.inboxes[segment + 1].append(chunk)
 
     def _wants_drain(self, stream: Stream) -> bool:
         """Whether a final is due whose text deeper exits would still revise, and the budget lets them."""
@@ -356,6 +355,11 @@ class Engine:
 def make_decoder(options: StreamOptions) -> CtcDecoder[Any]:
     """The decoder that a stream asks for."""
     return GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)
+
+
+def _most_waiting(stream: Stream) -> int:
+    """Chunks that may stay at the door of a segment."""
+    return stream.options.catch_up_cap_chunks if stream.options.fill is Fill.CATCH_UP else 0
 
 
 class _blame:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from asr_exit.edge.backend import EdgeModel, tail_shapes
 from asr_exit.edge.graph import PropagateGraph, SegmentGraph, StemGraph
 from asr_exit.edge.manifest import NAME, GraphFile, Manifest
 from asr_exit.edge.recalibrate import CRITERIA, observe, recalibrate
+from asr_exit.encoder import Encoder
 from asr_exit.errors import ConfigError
 
 OPSET = 20
@@ -169,15 +171,14 @@ def _write_graphs(
 ) -> tuple[list[GraphFile], list[GraphFile | None]]:
     """Trace, fill in and store every graph."""
     encoder, config, macs = model.encoder, model.config, model.macs
-    templates: dict[str, bytes] = {}
     propagate: list[GraphFile | None] = [None]
     segments: list[GraphFile] = []
 
-    def store(kind: str, module: nn.Module, name: str, macs_per_frame: int) -> GraphFile:
-        if kind not in templates:
-            templates[kind] = _trace(module, _kind(kind, config))
+    def store(kind: str, index: int, macs_per_frame: int) -> GraphFile:
+        module = _module(kind, encoder, index)
+        name = f"{'propagate' if kind == 'propagate' else 'segment'}-{index}"
         path = folder / f"{name}.onnx"
-        _fill_in(templates[kind], module, path)
+        _fill_in(_template(kind, config), module, path)
         if precision == "int8":
             quantise(path)
         if ort_format:
@@ -185,17 +186,28 @@ def _write_graphs(
         on_graph(path.name)
         return GraphFile.of(path, macs_per_frame)
 
-    for index, segment in enumerate(encoder.segments):
+    for index in range(config.num_exits):
         cost = macs.segment(index, 1, with_head=True)
         if index == 0:
-            graph = StemGraph(encoder.subsampling, segment)
-            segments.append(store("stem", graph, "segment-0", cost + macs.stem(1)))
+            segments.append(store("stem", index, cost + macs.stem(1)))
             continue
-        kind = "last" if index == config.num_exits - 1 else "middle"
-        segments.append(store(kind, SegmentGraph(segment), f"segment-{index}", cost))
-        skipping = PropagateGraph(segment)
-        propagate.append(store("propagate", skipping, f"propagate-{index}", macs.propagate(1)))
+        segments.append(store("last" if index == config.num_exits - 1 else "middle", index, cost))
+        propagate.append(store("propagate", index, macs.propagate(1)))
     return segments, propagate
+
+
+def _module(kind: str, encoder: Encoder, index: int) -> nn.Module:
+    """The graph of segment `index`."""
+    if kind == "stem":
+        return StemGraph(encoder.subsampling, encoder.segments[0])
+    return PropagateGraph(encoder.segments[index]) if kind == "propagate" else SegmentGraph(encoder.segments[index])
+
+
+@lru_cache(maxsize=8)
+def _template(kind: str, config: ModelConfig) -> bytes:
+    """A traced graph of one kind, its weights still to be filled in. Tracing takes seconds, so it is done once."""
+    module = _module(kind, Encoder(config), 1 if kind == "middle" else config.num_exits - 1)
+    return _trace(module, _kind(kind, config))
 
 
 def _kind(name: str, config: ModelConfig) -> _Kind:

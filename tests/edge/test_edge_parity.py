@@ -22,6 +22,8 @@ from asr_exit.transcript import transcribe
 from service.bench.probe import Probe
 from tests.conftest import babble
 
+pytestmark = pytest.mark.timeout(600)  # exporting the model for the first test takes torch its time
+
 TOLERANCE = 1e-4
 CHUNKS_MS = [160, 320, 640, 1280]
 
@@ -63,6 +65,9 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_results_equal_the_torch_engine(source: Model, edge_model: EdgeModel, name: str) -> None:
     engines = Engine(source, slots=1), Engine(edge_model, slots=1)
+    probes = [Probe(engine.backend, keep_log_probs=True) for engine in engines]
+    for engine, probe in zip(engines, probes, strict=True):
+        engine.backend = probe
     for seconds, seed in ((11.3, 31), (0.03, 32), (0.0, 33)):
         torch_path, device = (transcribe(engine, babble(seconds, seed), OPTIONS[name]) for engine in engines)
         assert shown(device.chunks) == shown(torch_path.chunks)
@@ -70,6 +75,9 @@ def test_results_equal_the_torch_engine(source: Model, edge_model: EdgeModel, na
         for ours, theirs in zip(device.words, torch_path.words, strict=True):
             assert ours.confidence == pytest.approx(theirs.confidence, abs=1e-4)
         assert device.encoder_macs == torch_path.encoder_macs
+    for segment, expected in probes[0].log_probs.items():
+        for ours, theirs in zip(probes[1].log_probs[segment], expected, strict=True):
+            assert np.abs(ours - theirs).max() < TOLERANCE
 
 
 def test_policies_leave_at_more_than_one_exit(edge_model: EdgeModel) -> None:
