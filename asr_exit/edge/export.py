@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -154,10 +154,7 @@ def _manifest(
         pieces=tuple(model.pieces),
         feature_mean=tuple(model.encoder.feature_mean.tolist()),
         feature_std=tuple(model.encoder.feature_std.tolist()),
-        subsampling_per_frame=macs.subsampling_per_frame,
-        layer_per_frame=macs.layer_per_frame,
-        head_per_frame=macs.head_per_frame,
-        feedback_per_frame=macs.feedback_per_frame,
+        costs={field.name: getattr(macs, field.name) for field in fields(macs) if field.name != "config"},
         segments=tuple(segments),
         propagate=tuple(propagate),
         chunk_ms=chunk_ms,
@@ -178,7 +175,7 @@ def _write_graphs(
         module = _module(kind, encoder, index)
         name = f"{'propagate' if kind == 'propagate' else 'segment'}-{index}"
         path = folder / f"{name}.onnx"
-        _fill_in(_template(kind, config), module, path)
+        _fill_in(_template(kind, config, _representative(kind, config, index)), module, path)
         if precision == "int8":
             quantise(path)
         if ort_format:
@@ -203,11 +200,18 @@ def _module(kind: str, encoder: Encoder, index: int) -> nn.Module:
     return PropagateGraph(encoder.segments[index]) if kind == "propagate" else SegmentGraph(encoder.segments[index])
 
 
+def _representative(kind: str, config: ModelConfig, index: int) -> int:
+    """First segment whose graph of this kind differs from that of segment `index` in weights only."""
+    if kind == "propagate":
+        return 1
+    widths = config.head_hidden or (0,) * config.num_exits
+    return index if kind != "middle" else next(i for i in range(1, config.num_exits) if widths[i] == widths[index])
+
+
 @lru_cache(maxsize=8)
-def _template(kind: str, config: ModelConfig) -> bytes:
+def _template(kind: str, config: ModelConfig, index: int) -> bytes:
     """A traced graph of one kind, its weights still to be filled in. Tracing takes seconds, so it is done once."""
-    module = _module(kind, Encoder(config), 1 if kind == "middle" else config.num_exits - 1)
-    return _trace(module, _kind(kind, config))
+    return _trace(_module(kind, Encoder(config), index), _kind(kind, config))
 
 
 def _kind(name: str, config: ModelConfig) -> _Kind:

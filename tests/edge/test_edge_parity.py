@@ -13,6 +13,7 @@ from asr_exit.attention import rotary
 from asr_exit.budget import Budget
 from asr_exit.checkpoint import Model
 from asr_exit.edge import EdgeModel, EdgeRecognizer
+from asr_exit.edge.recalibrate import observe
 from asr_exit.engine import Engine
 from asr_exit.evidence import ExitScores
 from asr_exit.policy import Entropy, Fixed, Full, Posterior, RandomDepth
@@ -51,8 +52,6 @@ def test_log_posteriors_equal_torch_at_every_exit(source: Model, edge_model: Edg
 OPTIONS = {
     "full": StreamOptions(),
     "fixed": StreamOptions(policy=Fixed(2, 1), chunk_ms=320),
-    "posterior": StreamOptions(policy=Posterior(0.35), fill=Fill.PROPAGATE),
-    "entropy": StreamOptions(policy=Entropy(0.45), fill=Fill.PROPAGATE, chunk_ms=160),
     "catch up": StreamOptions(policy=RandomDepth(1), chunk_ms=320, catch_up_cap_chunks=4),
     "propagate": StreamOptions(policy=RandomDepth(2), fill=Fill.PROPAGATE, chunk_ms=1280),
     "hole": StreamOptions(policy=RandomDepth(3), fill=Fill.HOLE, chunk_ms=160),
@@ -80,11 +79,17 @@ def test_results_equal_the_torch_engine(source: Model, edge_model: EdgeModel, na
             assert np.abs(ours - theirs).max() < TOLERANCE
 
 
-def test_policies_leave_at_more_than_one_exit(edge_model: EdgeModel) -> None:
-    """Else the comparison above would say little."""
-    for name in ("posterior", "entropy"):
-        layers = {c.exit_layer for c in transcribe(Engine(edge_model, slots=1), babble(11.3, 31), OPTIONS[name]).chunks}
-        assert len(layers) > 1, name
+@pytest.mark.parametrize(("kind", "chunk_ms"), [(Posterior, 640), (Entropy, 160)])
+def test_policies_leave_where_they_leave_in_torch(
+    source: Model, edge_model: EdgeModel, kind: type[Posterior | Entropy], chunk_ms: float
+) -> None:
+    samples = babble(11.3, seed=31)
+    seen = observe(source, [samples], chunk_ms)[kind.criterion()]
+    policy = kind(tuple(float(np.quantile(each, 0.5)) + 1e-5 for each in seen))  # no chunk lies just there
+    options = StreamOptions(policy=policy, fill=Fill.PROPAGATE, chunk_ms=chunk_ms)
+    torch_path, device = (transcribe(Engine(model, slots=1), samples, options) for model in (source, edge_model))
+    assert shown(device.chunks) == shown(torch_path.chunks)
+    assert len({chunk.exit_layer for chunk in device.chunks}) > 1
 
 
 def test_pushes_of_any_size_give_one_result_a_chunk(source: Model, edge_model: EdgeModel) -> None:
