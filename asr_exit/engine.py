@@ -270,21 +270,21 @@ class Engine:
 
     def _propagate_waiting(self, segment: int, streams: list[Stream]) -> None:
         """Fill `propagate`: what waits at a door is filled in when a later chunk passes it, and not before."""
-        filling = [stream for stream in streams if stream.options.fill is Fill.PROPAGATE]
-        while filling := [s for s in filling if s.waiting(segment) > 1 and s.failure is None]:
-            groups: dict[tuple[int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
-            for stream in filling:
-                chunk = stream.inboxes[segment].popleft()
-                groups[chunk.frames, stream.chunk_frames].append((stream, chunk))
-            for (frames, chunk_frames), members in groups.items():
-                with Blame([stream for stream, _ in members]):
-                    slots = np.array([stream.slot for stream, _ in members])
-                    states = [chunk.state for _, chunk in members]
-                    self.backend.propagate(segment, slots, states, frames, chunk_frames)
-                for stream, chunk in members:
-                    stream.step_macs += self.macs.propagate(frames)
-                    if segment < stream.deepest:
-                        stream.inboxes[segment + 1].append(chunk)
+        groups: dict[tuple[int, int], list[tuple[Stream, list[Chunk]]]] = defaultdict(list)
+        for stream in streams:
+            inbox = stream.inboxes[segment]
+            if stream.options.fill is Fill.PROPAGATE and len(inbox) > 1 and stream.failure is None:
+                chunks = [inbox.popleft() for _ in range(len(inbox) - 1)]
+                groups[sum(chunk.frames for chunk in chunks), stream.chunk_frames].append((stream, chunks))
+        for (frames, chunk_frames), members in groups.items():
+            with Blame([stream for stream, _ in members]):
+                slots = np.array([stream.slot for stream, _ in members])
+                states = [[chunk.state for chunk in chunks] for _, chunks in members]
+                self.backend.propagate(segment, slots, states, frames, chunk_frames)
+            for stream, chunks in members:
+                stream.step_macs += sum(self.macs.propagate(chunk.frames) for chunk in chunks)
+                if segment < stream.deepest:
+                    stream.inboxes[segment + 1].extend(chunks)
 
     def _fill_skipped(self, streams: list[Stream]) -> None:
         """Settle what waits at the doors of skipped segments, by each stream's fill."""
@@ -292,18 +292,18 @@ class Engine:
             if stream.options.fill is Fill.PROPAGATE and stream.current is not None:
                 stream.current.settled = True
         for segment in range(1, self.config.num_exits):
-            groups: dict[tuple[int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
-            for stream in streams:
-                while self._is_dropped(stream, segment):
+            while dropping := [s for s in streams if s.failure is None and self._is_dropped(s, segment)]:
+                groups: dict[int, list[tuple[Stream, Chunk]]] = defaultdict(list)
+                for stream in dropping:  # one chunk each: a slot may stand only once in a batch
                     chunk = stream.inboxes[segment].popleft()
                     chunk.settled = True
-                    groups[chunk.frames, stream.chunk_frames].append((stream, chunk))
-            for (frames, _), members in groups.items():
-                with Blame([stream for stream, _ in members]):
-                    self.backend.leave_hole(segment, np.array([stream.slot for stream, _ in members]), frames)
-                for stream, chunk in members:
-                    if segment < stream.deepest:
-                        stream.inboxes[segment + 1].append(chunk)
+                    groups[chunk.frames].append((stream, chunk))
+                for frames, members in groups.items():
+                    with Blame([stream for stream, _ in members]):
+                        self.backend.leave_hole(segment, np.array([stream.slot for stream, _ in members]), frames)
+                    for stream, chunk in members:
+                        if segment < stream.deepest:
+                            stream.inboxes[segment + 1].append(chunk)
 
     def _is_dropped(self, stream: Stream, segment: int) -> bool:
         """Whether the oldest chunk at a door leaves a hole there: with `propagate` when no later chunk can see it."""

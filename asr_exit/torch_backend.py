@@ -71,10 +71,12 @@ class TorchBackend:
 
     @torch.inference_mode()
     def propagate(
-        self, segment: int, slots: np.ndarray, states: Sequence[Tensor], frames: int, chunk_frames: int
+        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[Tensor]], frames: int, chunk_frames: int
     ) -> None:
         context, layers = self.pool.begin(segment, slots, frames, chunk_frames)
-        self.encoder.segments[segment].propagate(torch.stack(list(states)), context, layers)
+        self.encoder.segments[segment].propagate(
+            torch.stack([torch.cat(list(chunks)) for chunks in states]), context, layers
+        )
 
     @torch.inference_mode()
     def leave_hole(self, segment: int, slots: np.ndarray, frames: int) -> None:

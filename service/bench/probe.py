@@ -71,7 +71,7 @@ class Probe:
         return after, scores if read else None
 
     def propagate(
-        self, segment: int, slots: np.ndarray, states: Sequence[State], frames: int, chunk_frames: int
+        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[State]], frames: int, chunk_frames: int
     ) -> None:
         self._timed(self._inner.propagate, segment, slots, states, frames, chunk_frames)
 

@@ -141,7 +141,10 @@ def test_static_exits_are_in_every_table_where_they_are_good(
     best = min(observations.static_wer(k) for k in range(5))
     assert min(row.wer for row in table(trained("similarity", observations), observations)) <= best
     assert Row(0.3, 0.5, static_thresholds(1, 6)).is_static
-    assert exits_of(observations.confidence(Posterior(0.0)), static_thresholds(3, 6)).tolist() == [3] * observations.macs.shape[1]
+    assert (
+        exits_of(observations.confidence(Posterior(0.0)), static_thresholds(3, 6)).tolist()
+        == [3] * observations.macs.shape[1]
+    )
     assert not Row(0.3, 0.5, (0.5, np.inf)).is_static
 
 
