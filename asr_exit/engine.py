@@ -11,15 +11,13 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
 from asr_exit.backend import StreamingModel
-from asr_exit.beam import PrefixBeamDecoder
 from asr_exit.budget import Budget, CostModel, DepthBudget
 from asr_exit.captions import Captions
-from asr_exit.ctc import CtcDecoder, GreedyDecoder
+from asr_exit.decoders import make_decoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
 from asr_exit.features import StreamingLogMel
 from asr_exit.policy import Reason
@@ -59,7 +57,7 @@ class Engine:
             options=options,
             chunk_frames=chunk_frames,
             features=StreamingLogMel(self.config.features),
-            captions=Captions(make_decoder(options), self.model.pieces, self.config.frame_ms),
+            captions=Captions(make_decoder(options, self.model.pieces), self.model.pieces, self.config.frame_ms),
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
             deepest=deepest,
@@ -351,11 +349,6 @@ class Engine:
             end_of_stream=over,
             stability=1.0 if final is not None else caption.confidence,
         )
-
-
-def make_decoder(options: StreamOptions) -> CtcDecoder[Any]:
-    """The decoder that a stream asks for."""
-    return GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)
 
 
 class _blame:
