@@ -275,9 +275,7 @@ class PrefixBeamDecoder:
         return tuple(
             prefix
             if label < 0
-            else _Prefix(
-                0.0, value, label, key, prefix.key, prefix.chain(), frame, frame + 1, row[label], scored, gain
-            )
+            else _Prefix(0.0, value, label, key, prefix.key, prefix.chain(), frame, frame + 1, row[label], scored, gain)
             for value, prefix, label, key, scored, gain in candidates[: self.beam_size]
         )
 

@@ -1,7 +1,7 @@
 """Fusion of a word language model into the prefix beam.
 
 A word is scored when it is complete: when the next one begins, or the text ends. Until then a prefix carries what its
-letters promise, the unigram probability of the likeliest word that begins with them (language model lookahead: Ortmanns,
+letters promise, the unigram probability of the likeliest word that begins with them (lookahead: Ortmanns,
 Ney and Eiden, "Language-model look-ahead for large vocabulary speech recognition", ICSLP 1996), so that prefixes within
 a word compete with those that have just paid for one. The promise is taken back when the word is complete. Torch-free.
 """
@@ -31,7 +31,7 @@ class LanguageModel:
     model: NgramModel
     weight: float = 0.5
     word_bonus: float = 1.0
-    unknown_penalty: float = 5.0
+    unknown_penalty: float = 10.0
 
     def __post_init__(self) -> None:
         require(0 <= self.weight <= 5, f"language model weight {self.weight:g} must be 0 to 5")

@@ -24,6 +24,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ class NgramModel:
 
     def _child(self, level: int, row: int, word: int) -> int | None:
         first, following = self._first[level], self._word[level + 1]
-        assert first is not None and following is not None
+        assert first is not None, "not the last level"
+        assert following is not None, "not the first level"
         end = first[row + 1]
         position = bisect_left(following, word, first[row], end)
         return position if position < end and following[position] == word else None
@@ -153,7 +155,7 @@ def _check(words: Sequence[str], levels: Sequence[Level]) -> None:
 
     require(bool(levels), "it has no n-grams")
     require({BEGIN, END, UNKNOWN} <= set(words), f"{BEGIN}, {END} or {UNKNOWN} is missing")
-    require(all(a < b for a, b in zip(words, words[1:], strict=False)), "its words are not sorted")
+    require(all(a < b for a, b in pairwise(words)), "its words are not sorted")
     require(len(levels[0].log_prob) == len(words), "words and unigrams differ in number")
     for number, level in enumerate(levels, 1):
         rows = len(level.log_prob)

@@ -1,7 +1,7 @@
 """Interpolated modified Kneser-Ney estimation of n-gram models, with sorted arrays instead of tables of strings.
 
-Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (TR-10-98, Harvard, 1998). Counts of
-shorter n-grams are numbers of different words before them; three discounts for each length come from counts of counts.
+Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (TR-10-98, Harvard, 1998). The
+counts of shorter n-grams are numbers of different words before them; counts of counts give three discounts per length.
 Pruned n-grams give their probability to their context's backoff weight, so every distribution sums to 1 at any pruning.
 Shapes: M running words (sentence marks included), N_K n-grams of K words, V vocabulary.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -126,7 +127,7 @@ def estimate(
 def _adjusted(counts: Sequence[Counts]) -> list[np.ndarray]:
     """Counts for estimation: raw ones of the longest n-grams and those at sentence beginnings, else words before."""
     found = []
-    for level, longer in zip(counts, counts[1:], strict=False):
+    for level, longer in pairwise(counts):
         before = np.bincount(longer.suffix, minlength=len(level.raw))
         found.append(np.where(level.from_begin, level.raw, before))
     return [*found, counts[-1].raw]
@@ -163,7 +164,7 @@ def read_text(
     """Sentences, one per line and normalised, to word numbers.
 
     Returns:
-        (M,) int32 stream with a mark before and after each sentence; the sorted vocabulary; running words without marks.
+        (M,) int32 stream with a mark before and after each sentence; the sorted vocabulary; words without marks.
     """
     provisional: dict[str, int] = {BEGIN: 0, END: 1}
     chunks: list[np.ndarray] = []

@@ -3,9 +3,9 @@
     python -m recipes.librispeech.lm --text sentences.txt.xz [--counts word_counts.txt.gz] --out lm.bin \\
         [--order 3] [--min-count 3] [--prune 0,1] [--heldout other.txt]
 
-Text is one sentence per line; it is lower-cased and stripped to a-z and apostrophes here. Counts are lines of a word and
-a number: words of other text, to be known and expected in that proportion. Files may be plain, .gz or .xz. ARPA files of
-other tools need no conversion to be used; `--arpa FILE --out lm.bin` makes them smaller and quicker to load.
+Text is one sentence per line; it is lower-cased and stripped to a-z and apostrophes here. Counts are lines of a word, a
+tab and a number: words of other text, to be known and expected in that proportion. Files may be plain, .gz or .xz. ARPA
+files of other tools need no conversion to be used; `--arpa FILE --out lm.bin` makes them smaller and quicker to load.
 """
 
 from __future__ import annotations
