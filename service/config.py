@@ -80,7 +80,7 @@ class LanguageModelConfig:
     path: str = ""  # a file of recipes.librispeech.lm, or .arpa or .arpa.gz; empty: no language model, greedy decoding
     weight: float = 0.5  # of its log-probabilities against the acoustics'
     word_bonus: float = 1.0  # added for each word, against the preference for few words
-    unknown_penalty: float = 10.0  # taken off for a word that the model does not know
+    unknown_penalty: float = 15.0  # taken off for a word that the model does not know
     beam_size: int = 8
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A language model behind the server and in the commands: whose streams use it, at which weight, and what is refused."""
+"""A language model behind the server and in the commands: who uses it, at which weight, what is refused."""
 
 from __future__ import annotations
 
