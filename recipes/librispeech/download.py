@@ -7,6 +7,7 @@ checksums are those published there as md5sum.txt.
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import http.client
 import shutil
@@ -73,7 +74,9 @@ def ensure_subset(
     packed = root / "archives" / f"{name}.tar.gz"
     try:
         packed.parent.mkdir(parents=True, exist_ok=True)
-        if not packed.is_file():
+        if packed.is_file():
+            _check_md5(packed, archive.md5, f"delete {packed} and run again")
+        else:
             fetch(f"{mirror}/{archive.resource}/{name}.tar.gz", packed, archive.md5, report=report)
         report(f"{name}: unpacking")
         unpack(packed, name, root)
@@ -109,9 +112,7 @@ def fetch(
             problem = "the connection ended early"
         except urllib.error.HTTPError as error:
             if error.code in (403, 404, 410):
-                raise DownloadError(
-                    f"{url} is not there ({error.code}); check --mirror and the subset's name"
-                ) from None
+                raise DownloadError(f"{url} is not there ({error.code}); check --mirror") from None
             problem = f"status {error.code}"
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             reason = getattr(error, "reason", error)
@@ -123,13 +124,11 @@ def fetch(
             time.sleep(pause_s * 2**attempt)
     else:
         raise DownloadError(f"{url}: {problem}, {attempts} times; what has arrived is kept: run again to go on")
-    found = _md5(part)
-    if found != md5:
+    try:
+        _check_md5(part, md5, "it is deleted: run again, or choose another --mirror")
+    except DownloadError:
         part.unlink()
-        raise DownloadError(
-            f"{path.name} has the checksum {found}, not {md5}: what arrived was not the published archive and is "
-            "deleted; run again, or choose another --mirror"
-        )
+        raise
     part.replace(path)
 
 
@@ -168,9 +167,11 @@ def _check_space(folder: Path, num_bytes: int) -> None:
         raise OSError(errno.ENOSPC, f"{num_bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
 
 
-def _md5(path: Path) -> str:
+def _check_md5(path: Path, md5: str, advice: str) -> None:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != md5:
+        raise DownloadError(f"{path.name} is not the published archive (checksum {found}, not {md5}); {advice}")
 
 
 def unpack(packed: Path, name: str, root: Path) -> None:
@@ -190,9 +191,7 @@ def unpack(packed: Path, name: str, root: Path) -> None:
         if not inner.is_dir():
             raise DownloadError(f"{packed.name} holds no folder LibriSpeech/{name}: it is another archive; delete it")
         inner.replace(root / name)
-    except (tarfile.TarError, zlib.error, EOFError) as error:
-        raise DownloadError(
-            f"{packed} is broken and nothing of it is used: delete it and run again ({error})"
-        ) from error
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DownloadError(f"{packed} is broken ({error}); nothing of it is used: delete it and run again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
