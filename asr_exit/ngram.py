@@ -12,7 +12,7 @@ parent, a row of level k - 1) and then by their last word. Words are numbered in
 | `K.backoff` | as `K.log_prob` | natural log of the backoff weight of the n-gram as a context; not for the highest K |
 | `K.first` | (N_K + 1,) uint32 | row of level K + 1 where the n-gram's continuations begin; not for the highest K |
 
-Torch-free.
+Reading needs NumPy alone; writing needs safetensors.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from asr_exit.errors import CheckpointError
 
@@ -133,6 +131,8 @@ class NgramModel:
 
     def save(self, path: Path | str) -> None:
         """Write atomically."""
+        from safetensors.numpy import save_file
+
         tensors = {"words": np.frombuffer("\n".join(self.words).encode(), np.uint8)}
         for number, level in enumerate(self.levels, 1):
             for name in ("word", "log_prob", "backoff", "first"):
@@ -188,32 +188,29 @@ def load_ngram_model(path: Path | str) -> NgramModel:
 
         return read_arpa(path)
     try:
-        with safe_open(path, framework="np") as container:
-            metadata = container.metadata() or {}
+        metadata, arrays = _map(path)
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path} is no language model of the format {FORMAT}, and no .arpa or .arpa.gz file")
-        arrays = _map(path)
         levels = [
             Level(**{name: arrays.get(f"{number}.{name}") for name in ("log_prob", "word", "backoff", "first")})
             for number in range(1, int(metadata["order"]) + 1)
         ]
         words = arrays["words"].tobytes().decode().split("\n")
         return NgramModel(words, levels, json.loads(metadata["provenance"]))
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a readable language model: {error}") from error
 
 
-def _map(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file, read-only, in place: pages are read when they are needed."""
+def _map(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Metadata and tensors of a safetensors file, read-only and in place: pages are read when they are needed."""
     kinds = {"U8": "u1", "U16": "<u2", "U32": "<u4", "F16": "<f2", "F32": "<f4"}
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     header_end = 8 + int.from_bytes(mapped[:8], "little")
     header = json.loads(mapped[8:header_end])
-    arrays = {}
+    metadata, arrays = header.pop("__metadata__", {}), {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            kind = np.dtype(kinds[entry["dtype"]])
-            arrays[name] = np.frombuffer(mapped, kind, (end - start) // kind.itemsize, header_end + start)
-    return arrays
+        start, end = entry["data_offsets"]
+        kind = np.dtype(kinds[entry["dtype"]])
+        arrays[name] = np.frombuffer(mapped, kind, (end - start) // kind.itemsize, header_end + start)
+    return metadata, arrays

@@ -71,7 +71,7 @@ class Parts:
 
 
 def read_run(run: Path, weights: Path | None = None) -> Parts:
-    """The parts that a run folder holds: its exported weights or, from a machine without safetensors, its training state.
+    """The parts that a run folder holds: its exported weights, or those in its training state if there are none.
 
     Args:
         weights: another file of weights: a copy of an ema.safetensors or state.pt of the run.

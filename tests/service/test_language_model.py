@@ -102,12 +102,12 @@ def test_transcribe_and_evaluate_take_one(
     audio = tmp_path / "a.wav"
     soundfile.write(audio, HEARD, 16_000, subtype="PCM_16")
     common = ["--model", str(model_path), "--device", "cpu"]
-    with_lm = ["--lm", str(arpa), "--lm-weight", "0.5"]
+    with_lm = ["--lm", str(arpa), "--lm-weight", "4"]
     texts = []
     for extra in ([], ["--decoder", "beam"], with_lm, [*with_lm, "--offline", "--chunk-ms", "640"]):
         assert main(["transcribe", str(audio), *common, *extra]) == 0
         texts.append(capsys.readouterr().out.strip())
-    assert (texts[0], texts[2]) == (expected(model, arpa, 0), expected(model, arpa, 0.5))
+    assert (texts[0], texts[2]) == (expected(model, arpa, 0), expected(model, arpa, 4.0))
     assert texts[2] == texts[3] != texts[1]
 
     (tmp_path / "list.tsv").write_text(f"path\ttranscript\na.wav\t{texts[2]}\n")

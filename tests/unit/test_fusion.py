@@ -173,13 +173,10 @@ def test_several_scorers_add_up(scorer: LanguageModelScorer) -> None:
 
 
 def test_options_choose_the_decoder_and_wrong_ones_are_refused(fusion: LanguageModel) -> None:
-    class Vocabulary:
-        pieces = PIECES
-
-    decoder = make_decoder(StreamOptions(decoder="beam", beam_size=5, language_model=fusion), Vocabulary())  # type: ignore[arg-type]
+    decoder = make_decoder(StreamOptions(decoder="beam", beam_size=5, language_model=fusion), PIECES)
     assert isinstance(decoder, PrefixBeamDecoder)
     assert (decoder.beam_size, isinstance(decoder.scorer, LanguageModelScorer)) == (5, True)
-    assert make_decoder(StreamOptions(decoder="beam"), Vocabulary()).scorer is None  # type: ignore[arg-type]
+    assert make_decoder(StreamOptions(decoder="beam"), PIECES).scorer is None
     with pytest.raises(ConfigError, match="decoder='beam'"):
         StreamOptions(language_model=fusion)
     for wrong in ({"weight": -1}, {"word_bonus": 99}, {"unknown_penalty": -1}):
