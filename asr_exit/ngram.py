@@ -61,8 +61,8 @@ class NgramModel:
         _check(self.words, self.levels)
         self.begin, self.end, self.unknown = (self._position(word) for word in (BEGIN, END, UNKNOWN))
         # memoryviews: their items come as Python numbers, three times as fast as from arrays (float16 has none)
-        self._word = [None if level.word is None else memoryview(level.word) for level in levels]
-        self._first = [None if level.first is None else memoryview(level.first) for level in levels]
+        self._word = [None if level.word is None else memoryview(level.word.data) for level in levels]
+        self._first = [None if level.first is None else memoryview(level.first.data) for level in levels]
         self.log_prob = lru_cache(_CACHE)(self._compute_log_prob)
         self.best_log_prob = lru_cache(_CACHE)(self._compute_best_log_prob)
 
@@ -123,7 +123,8 @@ class NgramModel:
 
     def sentence_log_prob(self, words: Sequence[str]) -> float:
         """Natural log of P(words, end of sentence)."""
-        total, context = 0.0, (self.begin,)
+        total = 0.0
+        context: tuple[int, ...] = (self.begin,)
         for word in [*map(self.index, words), self.end]:
             total += self.log_prob(context, word)
             context = self.extend(context, word)
@@ -192,7 +193,9 @@ def load_ngram_model(path: Path | str) -> NgramModel:
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path} is no language model of the format {FORMAT}, and no .arpa or .arpa.gz file")
         levels = [
-            Level(**{name: arrays.get(f"{number}.{name}") for name in ("log_prob", "word", "backoff", "first")})
+            Level(
+                arrays[f"{number}.log_prob"], *(arrays.get(f"{number}.{name}") for name in ("word", "backoff", "first"))
+            )
             for number in range(1, int(metadata["order"]) + 1)
         ]
         words = arrays["words"].tobytes().decode().split("\n")

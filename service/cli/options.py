@@ -81,7 +81,7 @@ def decoder_options(arguments: argparse.Namespace) -> DecoderOptions:
     require(bool(arguments.lm) or not given, "--lm-weight, --lm-word-bonus and --lm-unknown-penalty need --lm")
     require(not arguments.lm or arguments.decoder != "greedy", "--lm needs the beam: leave out --decoder greedy")
     language_model = LanguageModel(load_ngram_model(arguments.lm), **given) if arguments.lm else None
-    decoder = arguments.decoder or ("beam" if language_model else "greedy")
+    decoder: Literal["greedy", "beam"] = arguments.decoder or ("beam" if language_model else "greedy")
     beam_size = StreamOptions.beam_size if arguments.beam_size is None else arguments.beam_size
     return {"decoder": decoder, "beam_size": beam_size, "language_model": language_model}
 
