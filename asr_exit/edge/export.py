@@ -154,7 +154,7 @@ def _manifest(
         feature_std=tuple(model.encoder.feature_std.tolist()),
         subsampling_per_frame=macs.subsampling_per_frame,
         layer_per_frame=macs.layer_per_frame,
-        head_per_frame=macs.head_per_frame,
+        heads_per_frame=macs.heads_per_frame,
         feedback_per_frame=macs.feedback_per_frame,
         segments=tuple(segments),
         propagate=tuple(propagate),

@@ -53,7 +53,7 @@ class Manifest:
     feature_std: tuple[float, ...]
     subsampling_per_frame: int  # multiply-accumulates, as in asr_exit.cost.SegmentMacs
     layer_per_frame: int
-    head_per_frame: int
+    heads_per_frame: tuple[int, ...]  # per exit
     feedback_per_frame: int
     segments: tuple[GraphFile, ...]  # the first one with the subsampling
     propagate: tuple[GraphFile | None, ...]  # what a skipped segment remembers; none for the first, which never is
@@ -76,7 +76,7 @@ class Manifest:
     def macs(self) -> SegmentMacs:
         """Costs, counted as the torch path counts them, so that budgets mean the same everywhere."""
         return SegmentMacs(
-            self.config, self.subsampling_per_frame, self.layer_per_frame, self.head_per_frame, self.feedback_per_frame
+            self.config, self.subsampling_per_frame, self.layer_per_frame, self.heads_per_frame, self.feedback_per_frame
         )
 
     @property
