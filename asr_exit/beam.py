@@ -1,9 +1,12 @@
 """CTC prefix beam search with an immutable state.
 
 Hannun et al., "First-Pass Large Vocabulary Continuous Speech Recognition using Bi-Directional Recurrent DNNs"
-(arXiv 1408.2873, 2014), without a language model: every prefix carries the probability of all its alignments, split by
-whether they end in blank; alignments that reach the same prefix by different ways are merged. With a beam wide enough
-for all prefixes and `top_tokens >= V - 1` the search is exact.
+(arXiv 1408.2873, 2014): every prefix carries the probability of all its alignments, split by whether they end in blank;
+alignments that reach the same prefix by different ways are merged. With a beam wide enough for all prefixes and
+`top_tokens >= V - 1` the search is exact.
+
+A scorer (`asr_exit.scoring`: language model, phrase hints) multiplies each prefix by e to the score of its pieces. That
+factor depends on the prefix alone, so it is part of the probabilities here, and merging needs no second account of it.
 
 Everything is in plain floats: with 8 prefixes the break on the worst kept prefix beats array code. Probabilities are
 rescaled every frame (never per chunk), so splitting a stream into other chunks cannot change a bit of the result.
@@ -14,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,8 +31,11 @@ from asr_exit.ctc import (
     unroll,
 )
 from asr_exit.errors import ConfigError, EngineError
+from asr_exit.scoring import Scorer
 
 ROOT_KEY = 0
+LARGEST_GAIN = 1e4  # pruning takes it that one piece gains no more from a scorer; e to the 9.2
+LARGEST_EXPONENT = 300.0  # of e, for one score; floats end at 709
 
 
 class _Prefix(NamedTuple):
@@ -38,7 +44,8 @@ class _Prefix(NamedTuple):
     `key` hashes the sequence since the last restart (64 bit), `parent_key` the one without its last label: a parent
     can be dropped and found again while its child stayed, so object identity would not do. `closed` holds all tokens
     but the last; `start`, `end` (exclusive) and `peak` (posterior) describe the last one; `start` is -1 if `label`
-    belongs to the text before a restart, or to nothing.
+    belongs to the text before a restart, or to nothing. `scored` is the scorer's state, `gain` e to what the last label
+    added to the score; without a scorer they are None and 1.
     """
 
     p_blank: float
@@ -50,6 +57,8 @@ class _Prefix(NamedTuple):
     start: int
     end: int
     peak: float
+    scored: Any = None
+    gain: float = 1.0
 
     def last_span(self) -> TokenSpan | None:
         if self.start < 0:
@@ -62,9 +71,13 @@ class _Prefix(NamedTuple):
         return self.closed if span is None else TokenCell.push(self.closed, span, self.key)
 
 
+_UNSCORED = (None, 1.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """One entry of the n-best list: tokens since the last restart, and the log of their summed probability."""
+    """One entry of the n-best list: tokens since the last restart, and the log of their summed probability, scores
+    included."""
 
     tokens: tuple[TokenSpan, ...]
     log_prob: float
@@ -77,6 +90,7 @@ class BeamState:
     num_frames: int
     prefixes: tuple[_Prefix, ...]
     log_scale: float
+    scorer: Scorer[Any] | None = None
 
     @property
     def trailing_blank_frames(self) -> int:
@@ -117,8 +131,25 @@ class BeamState:
             if _total(prefix) > 0
         )
 
+    def settle(self) -> BeamState:
+        """See `asr_exit.ctc.CtcState`: what the scorer says of the last word counts, which may change the best prefix.
+
+        Only for reading and `restart`: decoding must go on from the state before.
+        """
+        if self.scorer is None:
+            return self
+        settled = []
+        for prefix in self.prefixes:
+            gain = _exp(self.scorer.finish(prefix.scored))
+            settled.append(prefix._replace(p_blank=prefix.p_blank * gain, p_label=prefix.p_label * gain))
+        settled.sort(key=_total, reverse=True)
+        return BeamState(self.num_frames, tuple(settled), self.log_scale, self.scorer)
+
     def restart(self, keep_tokens: int = 0) -> BeamState:
-        """Keeps the best prefix's blank and label probabilities as context; the other prefixes are dropped."""
+        """Keeps the best prefix's blank and label probabilities as context; the other prefixes are dropped.
+
+        A scorer begins a new utterance, unless tokens are kept: then it goes on.
+        """
         best = self.prefixes[0]
         total = _total(best)
         kept = self.tokens()[-keep_tokens:] if keep_tokens > 0 else ()
@@ -129,8 +160,9 @@ class BeamState:
             parent_key=None,
             closed=chain_of(kept[:-1]),
             start=best.start if kept else -1,
+            scored=best.scored if kept or self.scorer is None else self.scorer.initial(),
         )
-        return BeamState(self.num_frames, (root,), 0.0)
+        return BeamState(self.num_frames, (root,), 0.0, self.scorer)
 
     def __repr__(self) -> str:
         return f"BeamState(num_frames={self.num_frames}, prefixes={len(self.prefixes)})"
@@ -144,6 +176,7 @@ class PrefixBeamDecoder:
         beam_size: prefixes kept after each frame.
         top_tokens: most likely non-blank labels of a frame that may extend a prefix.
         seam_frames: as in `GreedyDecoder`, for chunks marked `depth_changed`.
+        scorer: ranks prefixes together with the acoustics; None = acoustics alone.
 
     Token times follow the alignments that carry most probability: a token starts at the frame where the mass entering
     its prefix exceeded the mass already there.
@@ -155,6 +188,7 @@ class PrefixBeamDecoder:
     beam_size: int = 8
     top_tokens: int = 16
     seam_frames: int = 2
+    scorer: Scorer[Any] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("beam_size", 1), ("top_tokens", 1), ("seam_frames", 0)):
@@ -162,7 +196,8 @@ class PrefixBeamDecoder:
                 raise ConfigError(f"{name}={getattr(self, name)} must be {least} or more")
 
     def initial(self) -> BeamState:
-        return BeamState(0, (_Prefix(1.0, 0.0, BLANK, ROOT_KEY, None, None, -1, 0, 0.0),), 0.0)
+        scored = None if self.scorer is None else self.scorer.initial()
+        return BeamState(0, (_Prefix(1.0, 0.0, BLANK, ROOT_KEY, None, None, -1, 0, 0.0, scored),), 0.0, self.scorer)
 
     def advance(self, state: BeamState, scores: FrameScores) -> BeamState:
         """Raises EngineError if a score is NaN or a frame gives no label any probability."""
@@ -179,7 +214,7 @@ class PrefixBeamDecoder:
                 raise EngineError(f"all log posteriors of frame {state.num_frames + offset - 1} are -inf")
             log_scale += math.log(best)
             prefixes = self._step(prefixes, 1.0 / best, row, labels, state.num_frames + offset, seam)
-        return BeamState(state.num_frames + len(probs), prefixes, log_scale)
+        return BeamState(state.num_frames + len(probs), prefixes, log_scale, self.scorer)
 
     def _top_labels(self, probs: np.ndarray) -> np.ndarray:
         """(T, K) labels that may extend a prefix, most likely first, ties by id."""
@@ -205,41 +240,61 @@ class PrefixBeamDecoder:
             repeating, continuing = (0.0, total) if bridged else (prefix.p_blank * scale, prefix.p_label * scale)
             masses[prefix.key] = (prefix, total, repeating, continuing)
 
-        # (mass after this frame, prefix, label that extends it or -1, key of the extension)
-        candidates: list[tuple[float, _Prefix, int, int]] = []
+        # (mass after this frame, prefix, label that extends it or -1, key of the extension, its scorer state and gain)
+        candidates: list[tuple[float, _Prefix, int, int, Any, float]] = []
         for prefix, total, _, continuing in masses.values():
             label, closed, start, end, peak = prefix.label, prefix.closed, prefix.start, prefix.end, prefix.peak
             p_blank = total * row[BLANK]
             p_label = 0.0 if label == BLANK else continuing * row[label]
             if prefix.parent_key in masses:
                 parent, parent_total, parent_repeating, _ = masses[prefix.parent_key]
-                entering = (parent_repeating if parent.label == label else parent_total) * row[label]
+                entering = (parent_repeating if parent.label == label else parent_total) * row[label] * prefix.gain
                 if entering > p_blank + p_label:
                     closed, start, peak = parent.chain(), frame, 0.0
                 p_label += entering
             if p_label > p_blank:
                 end, peak = frame + 1, max(peak, row[label])
-            same = _Prefix(p_blank, p_label, label, prefix.key, prefix.parent_key, closed, start, end, peak)
-            candidates.append((p_blank + p_label, same, -1, prefix.key))
+            same = _Prefix(
+                p_blank, p_label, label, prefix.key, prefix.parent_key, closed, start, end, peak, *prefix[-2:]
+            )
+            candidates.append((p_blank + p_label, same, -1, prefix.key, *_UNSCORED))
 
         floor = min(map(itemgetter(0), candidates)) if len(candidates) >= self.beam_size else 0.0
+        margin = 1.0 if self.scorer is None else LARGEST_GAIN
         for prefix, total, repeating, _ in masses.values():
-            for label in labels:
-                if total * row[label] <= floor:
+            for label in self._extensions(prefix, row, labels):
+                if total * row[label] * margin <= floor:
                     break
                 value = (repeating if label == prefix.label else total) * row[label]
-                if value > floor:
+                if value * margin > floor:
                     key = hash((prefix.key, label))
                     if key not in masses:
-                        candidates.append((value, prefix, label, key))
+                        scored, gain = self._score(prefix, label)
+                        candidates.append((value * gain, prefix, label, key, scored, gain))
         candidates.sort(key=itemgetter(0), reverse=True)
         return tuple(
             prefix
             if label < 0
-            else _Prefix(0.0, value, label, key, prefix.key, prefix.chain(), frame, frame + 1, row[label])
-            for value, prefix, label, key in candidates[: self.beam_size]
+            else _Prefix(0.0, value, label, key, prefix.key, prefix.chain(), frame, frame + 1, row[label], scored, gain)
+            for value, prefix, label, key, scored, gain in candidates[: self.beam_size]
         )
+
+    def _extensions(self, prefix: _Prefix, row: list[float], labels: list[int]) -> list[int]:
+        """Labels to extend a prefix by: those of the frame and those that the scorer waits for, most likely first."""
+        awaited = () if self.scorer is None else self.scorer.continuations(prefix.scored)
+        return sorted({*labels, *awaited}, key=row.__getitem__, reverse=True) if awaited else labels
+
+    def _score(self, prefix: _Prefix, label: int) -> tuple[Any, float]:
+        """The scorer's state after one more label, and the factor it brings."""
+        if self.scorer is None:
+            return _UNSCORED
+        scored, score = self.scorer.advance(prefix.scored, label)
+        return scored, _exp(score)
 
 
 def _total(prefix: _Prefix) -> float:
     return prefix.p_blank + prefix.p_label
+
+
+def _exp(score: float) -> float:
+    return math.exp(max(-LARGEST_EXPONENT, min(LARGEST_EXPONENT, score)))

@@ -122,6 +122,7 @@ class Captions:
     def take_final(self) -> Caption:
         """End the utterance: everything becomes final, the next one starts empty."""
         self.freeze()
+        self._settled = self._settled.settle()
         words = self._words(self._settled)
         self._settled = self._settled.restart()
         return Caption(text_from_words(words), "", words)

@@ -18,11 +18,12 @@ import numpy as np
 from asr_exit.backend import StreamingModel
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
+from asr_exit.decoders import make_decoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
 from asr_exit.evidence import with_beam_share
 from asr_exit.features import StreamingLogMel
 from asr_exit.policy import Reason
-from asr_exit.stream import Blame, Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions, make_decoder
+from asr_exit.stream import Blame, Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
 
 
 class Engine:
@@ -59,7 +60,7 @@ class Engine:
             options=options,
             chunk_frames=chunk_frames,
             features=StreamingLogMel(self.config.features),
-            captions=Captions(make_decoder(options), self.model.pieces, self.config.frame_ms),
+            captions=Captions(make_decoder(options, self.model.pieces), self.model.pieces, self.config.frame_ms),
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
             deepest=deepest,

@@ -7,10 +7,11 @@ import torch
 
 from asr_exit.checkpoint import Model
 from asr_exit.ctc import FrameScores
+from asr_exit.decoders import make_decoder
 from asr_exit.engine import Engine
 from asr_exit.errors import AudioError
 from asr_exit.features import log_mel
-from asr_exit.stream import StreamOptions, make_decoder
+from asr_exit.stream import StreamOptions
 from asr_exit.transcript import Transcript, transcribe
 from asr_exit.words import text_from_words, words_from_tokens
 
@@ -55,9 +56,9 @@ class Recognizer:
         config, options = self.model.config, self.options
         exit_index = options.policy.max_exit(config.num_exits)
         log_probs = self.log_posteriors(samples, chunk_ms)[exit_index]
-        decoder = make_decoder(options)
+        decoder = make_decoder(options, self.model.pieces)
         frames = FrameScores(log_probs.argmax(axis=-1), log_probs.max(axis=-1, initial=-np.inf), log_probs)
-        state = decoder.advance(decoder.initial(), frames)
+        state = decoder.advance(decoder.initial(), frames).settle()
         words = words_from_tokens(state.tokens(), self.model.tokenizer.pieces, config.frame_ms)
         return Transcript(
             text=text_from_words(words),

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Literal
 
 from asr_exit.backend import State
-from asr_exit.beam import PrefixBeamDecoder
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
 from asr_exit.config import require
-from asr_exit.ctc import CtcDecoder, GreedyDecoder
 from asr_exit.errors import ConfigError, EngineError
 from asr_exit.evidence import ExitScores
 from asr_exit.features import StreamingLogMel
+from asr_exit.fusion import LanguageModel
 from asr_exit.policy import ExitPolicy, Full, Reason
 from asr_exit.words import Word
 
@@ -50,12 +49,15 @@ class StreamOptions:
     max_utterance_ms: float = 20_000  # a longer utterance is cut before its last word
     catch_up_cap_chunks: int = 64  # longer backlogs are worked off at once, or given up where the budget forbids that
 
+    language_model: LanguageModel | None = None  # needs the beam decoder
+
     def __post_init__(self) -> None:
         require(self.decoder in ("greedy", "beam"), f"unknown decoder {self.decoder!r}; use greedy or beam")
         require(1 <= self.beam_size <= 64, "beam_size must be 1-64")
         require(self.endpoint_silence_ms >= 0, "endpoint_silence_ms must be 0 (off) or more")
         require(self.max_utterance_ms >= 1_000, "max_utterance_ms must be at least 1000")
         require(self.catch_up_cap_chunks >= 1, "catch_up_cap_chunks must be at least 1")
+        require(self.language_model is None or self.decoder == "beam", "a language model needs decoder='beam'")
 
 
 @dataclass(eq=False)
@@ -132,11 +134,6 @@ class StepOutput:
     results: list[ChunkResult]
     failures: list[tuple[Stream, Exception]]
     step_ms: float
-
-
-def make_decoder(options: StreamOptions) -> CtcDecoder[Any]:
-    """The decoder that a stream asks for."""
-    return GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)
 
 
 class Blame:

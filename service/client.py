@@ -41,6 +41,7 @@ class StreamSettings:
     fill: str = ""
     budget: Budget = field(default_factory=Budget)
     model: str = ""
+    language_model_weight: float | None = None  # 0: without
 
     def message(self) -> pb.StreamingRecognizeRequest:
         """The first message of a stream."""
@@ -54,6 +55,7 @@ class StreamSettings:
             fill=self.fill,
             compute_budget=budget_message(self.budget),
             model=self.model,
+            language_model_weight=self.language_model_weight,
         )
         return pb.StreamingRecognizeRequest(streaming_config=config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import grpc
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from asr_exit.checkpoint import Model
     from service.config import ServeConfig
     from service.engine_thread import EngineThread
+    from service.language_model import ServedLanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +28,19 @@ log = logging.getLogger(__name__)
 class SpeechServicer(speech_pb2_grpc.SpeechServicer):
     """Runs every RPC on the event loop; recognition itself happens on the engine thread."""
 
-    def __init__(self, model: Model, engine: EngineThread, config: ServeConfig, description: pb.Model) -> None:
+    def __init__(
+        self,
+        model: Model,
+        engine: EngineThread,
+        config: ServeConfig,
+        description: pb.Model,
+        language_model: ServedLanguageModel,
+    ) -> None:
         self._model = model
         self._engine = engine
         self._config = config
         self._description = description
+        self._language_model = language_model
         self._sessions: set[Session] = set()
         self._draining = False
 
@@ -85,7 +95,8 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
             raise _shutting_down()
         try:
             parsed = wire.parse_config(request.streaming_config, self._config.stream, self._model)
-            session = Session(parsed, self._engine, self._config.limits)
+            options = self._language_model.apply(request.streaming_config, parsed.options)
+            session = Session(replace(parsed, options=options), self._engine, self._config.limits)
         except Exception as error:
             raise _reported(error) from error
         self._sessions.add(session)

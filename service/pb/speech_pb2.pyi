@@ -21,7 +21,7 @@ class StreamingRecognizeRequest(_message.Message):
     def __init__(self, streaming_config: _Optional[_Union[StreamingConfig, _Mapping]] = ..., audio_content: _Optional[bytes] = ..., control: _Optional[_Union[StreamControl, _Mapping]] = ...) -> None: ...
 
 class StreamingConfig(_message.Message):
-    __slots__ = ("encoding", "sample_rate_hertz", "interim_results", "enable_word_time_offsets", "chunk_ms", "policy", "fill", "compute_budget", "model")
+    __slots__ = ("encoding", "sample_rate_hertz", "interim_results", "enable_word_time_offsets", "chunk_ms", "policy", "fill", "compute_budget", "model", "language_model_weight")
     class AudioEncoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ENCODING_UNSPECIFIED: _ClassVar[StreamingConfig.AudioEncoding]
@@ -39,6 +39,7 @@ class StreamingConfig(_message.Message):
     FILL_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_BUDGET_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    LANGUAGE_MODEL_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     encoding: StreamingConfig.AudioEncoding
     sample_rate_hertz: int
     interim_results: bool
@@ -48,7 +49,8 @@ class StreamingConfig(_message.Message):
     fill: str
     compute_budget: ComputeBudget
     model: str
-    def __init__(self, encoding: _Optional[_Union[StreamingConfig.AudioEncoding, str]] = ..., sample_rate_hertz: _Optional[int] = ..., interim_results: bool = ..., enable_word_time_offsets: bool = ..., chunk_ms: _Optional[int] = ..., policy: _Optional[str] = ..., fill: _Optional[str] = ..., compute_budget: _Optional[_Union[ComputeBudget, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
+    language_model_weight: float
+    def __init__(self, encoding: _Optional[_Union[StreamingConfig.AudioEncoding, str]] = ..., sample_rate_hertz: _Optional[int] = ..., interim_results: bool = ..., enable_word_time_offsets: bool = ..., chunk_ms: _Optional[int] = ..., policy: _Optional[str] = ..., fill: _Optional[str] = ..., compute_budget: _Optional[_Union[ComputeBudget, _Mapping]] = ..., model: _Optional[str] = ..., language_model_weight: _Optional[float] = ...) -> None: ...
 
 class StreamControl(_message.Message):
     __slots__ = ("compute_budget",)
