@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
+
+import torch
 
 from asr_exit.config import ModelConfig
 from asr_exit.encoder import Encoder
+
+_MAX_KNOWN = 1024
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,41 @@ class SegmentMacs:
             total += (self.config.num_exits - 1 - exit_index) * self.propagate(frames)
         return total
 
+    def to_exits(self, frames: int, waiting: tuple[int, ...], propagate: bool) -> tuple[float, ...]:
+        """Per exit, what a step to there costs when `waiting` chunks of T frames stand at the door of each segment."""
+        key = frames, waiting, propagate
+        known = self._known.get(key)
+        if known is None:
+            deepest, costs, spent, arriving = self.config.num_exits - 1, [], float(self.stem(frames)), 0
+            for index, at_door in enumerate(waiting):
+                arriving += at_door
+                skipped = (deepest - index) * self.propagate(frames) if propagate else 0
+                costs.append(spent + arriving * self.segment(index, frames, with_head=True) + skipped)
+                spent += arriving * self.segment(index, frames, with_head=False)
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            known = self._known[key] = tuple(costs)
+        return known
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, tuple[int, ...], bool], tuple[float, ...]]:
+        """Answers of `to_exits`: the same few questions come back for every chunk."""
+        return {}
+
     def full(self, frames: int) -> int:
         """Full depth."""
         return self.to_exit(self.config.num_exits - 1, frames)
+
+
+@torch.inference_mode()
+def measure_seconds_per_mac(encoder: Encoder, macs: SegmentMacs, device: torch.device) -> float:
+    """Time of one multiply-accumulate at batch 1 on this device: median over a few full-depth chunks."""
+    config, times = encoder.config, []
+    frames = config.max_chunk_frames
+    features = torch.zeros(1, frames * config.subsampling, config.features.num_mels, device=device)
+    lengths = torch.tensor([features.shape[1]], device=device)
+    for _ in range(7):
+        begin = time.perf_counter()
+        encoder(features, lengths, chunk_frames=frames).logits[-1].cpu()
+        times.append(time.perf_counter() - begin)
+    return median(times[2:]) / macs.full(frames)

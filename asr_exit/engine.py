@@ -7,10 +7,11 @@ skipped layers filled at once (`propagate`, `hole`). Not thread-safe: one thread
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,27 +21,46 @@ from asr_exit.budget import Budget, CostModel, DepthBudget
 from asr_exit.cache import CachePool
 from asr_exit.captions import Captions
 from asr_exit.checkpoint import Model
+from asr_exit.config import require
+from asr_exit.cost import measure_seconds_per_mac
 from asr_exit.ctc import CtcDecoder, GreedyDecoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
 from asr_exit.evidence import score
 from asr_exit.features import StreamingLogMel
+from asr_exit.front_end import FrontEnd
 from asr_exit.policy import Reason
 from asr_exit.stream import Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Engine:
     """Runs streams over one model."""
 
-    def __init__(self, model: Model, *, slots: int = 64, device: str | torch.device = "cpu") -> None:
-        """`slots`: most streams open at once. Memory per slot is fixed (caches of every layer)."""
+    def __init__(
+        self,
+        model: Model,
+        *,
+        slots: int = 64,
+        device: str | torch.device = "cpu",
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        """Make room for `slots` streams at once. Memory per slot is fixed (caches of every layer).
+
+        `precision` is that of weights, activations and caches. With "bf16" the engine has its own copy of the weights.
+        """
+        require(precision in DTYPES, f"unknown precision {precision!r}; use {' or '.join(DTYPES)}")
         self.model, self.config, self.encoder = model, model.config, model.encoder.to(device)
-        self.device = torch.device(device)
+        self.device, self.precision, dtype = torch.device(device), precision, DTYPES[precision]
+        if dtype != torch.float32:
+            self.encoder = copy.deepcopy(model.encoder).in_precision(dtype)
         self.macs = model.macs
-        self.pool = CachePool(self.config, slots, self.encoder.subsampling.tail_shapes(), self.device)
+        self.front_end = FrontEnd(self.encoder, dtype, self.device)
+        self.pool = CachePool(self.config, slots, self.encoder.subsampling.tail_shapes(), self.device, dtype)
         self.slots = slots
         self._streams: dict[int, Stream] = {}  # by slot
         self._load_cap = self.config.num_exits - 1
-        self.seconds_per_mac = self._measure_seconds_per_mac()
+        self.seconds_per_mac = measure_seconds_per_mac(self.encoder, self.macs, self.device)
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -116,10 +136,11 @@ class Engine:
 
     def ready(self) -> int:
         """Streams that the next step would serve."""
-        return sum(map(self._is_ready, self._streams.values()))
+        return sum(map(self.is_ready, self._streams.values()))
 
-    def _is_ready(self, stream: Stream) -> bool:
-        if stream.ended:
+    def is_ready(self, stream: Stream) -> bool:
+        """Whether a step could serve this stream now."""
+        if stream.ended or stream.closed:
             return False
         return stream.finished or stream.features.ready_frames >= stream.chunk_frames * self.config.subsampling
 
@@ -132,25 +153,16 @@ class Engine:
         ]
         return CostModel.from_chunk(costs, chunk_frames * self.config.frame_ms / 1000, self.seconds_per_mac)
 
-    @torch.inference_mode()
-    def _measure_seconds_per_mac(self) -> float:
-        """Time of one multiply-accumulate at batch 1 on this device: median over a few full-depth chunks."""
-        frames, times = self.config.max_chunk_frames, []
-        features = torch.zeros(1, frames * self.config.subsampling, self.config.features.num_mels, device=self.device)
-        lengths = torch.tensor([features.shape[1]], device=self.device)
-        for _ in range(7):
-            begin = time.perf_counter()
-            self.encoder(features, lengths, chunk_frames=frames).logits[-1].cpu()
-            times.append(time.perf_counter() - begin)
-        return float(np.median(times[2:])) / self.macs.full(frames)
-
     # -- one step -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> StepOutput:
-        """Serve every ready stream one chunk. Streams that fail are closed and reported; the others never notice."""
+    def step(self, streams: Iterable[Stream] | None = None) -> StepOutput:
+        """Serve `streams`, or every stream, one chunk if they are ready (see `asr_exit.scheduler` for whom and when).
+
+        Streams that fail are closed and reported; the others never notice.
+        """
         begin = time.perf_counter()
-        served = [stream for stream in self._streams.values() if self._is_ready(stream)]
+        served = [s for s in (self._streams.values() if streams is None else streams) if self.is_ready(s)]
         for stream in served:
             stream.step_macs, stream.current = 0, None
         self._take_chunks(served)
@@ -181,26 +193,17 @@ class Engine:
     def _audio_seconds(self, stream: Stream) -> float:
         return 0.0 if stream.current is None else stream.current.frames * self.config.frame_ms / 1000
 
-    def _take_chunks(self, streams: Iterable[Stream]) -> None:
+    def _take_chunks(self, streams: list[Stream]) -> None:
         """Move each stream's next chunk through the subsampling to the door of the first segment."""
-        factor = self.config.subsampling
-        groups: dict[int, list[tuple[Stream, np.ndarray]]] = defaultdict(list)
-        for stream in streams:
-            features = stream.features.pull(stream.chunk_frames * factor)
-            if len(features):
-                groups[-(-len(features) // factor)].append((stream, features))
-        for frames, members in groups.items():
-            with _blame([stream for stream, _ in members]):
-                padded = np.zeros((len(members), frames * factor, self.config.features.num_mels), np.float32)
-                for row, (_, features) in enumerate(members):
-                    padded[row, : len(features)] = features
-                batch = self.encoder.normalise(torch.from_numpy(padded).to(self.device))
-                for row, (_, features) in enumerate(members):
-                    batch[row, len(features) :] = 0.0
-                slots = torch.tensor([stream.slot for stream, _ in members], device=self.device)
+        batches: dict[int, tuple[list[Stream], torch.Tensor]] = {}
+        with _blame(streams):
+            batches = self.front_end.take(streams)
+        for frames, (members, batch) in batches.items():
+            with _blame(members):
+                slots = torch.tensor([stream.slot for stream in members], device=self.device)
                 states, tails = self.encoder.subsampling(batch, self.pool.swap_tails(slots))
                 self.pool.swap_tails(slots, tails)
-                for (stream, _), state in zip(members, states, strict=True):
+                for stream, state in zip(members, states, strict=True):
                     stream.current = Chunk(stream.chunks, stream.next_frame, frames, state)
                     stream.chunks += 1
                     stream.next_frame += frames
@@ -211,14 +214,8 @@ class Engine:
     def _set_cap(self, stream: Stream) -> None:
         """Host-side ceiling for the current chunk, before anything is computed."""
         assert stream.current is not None
-        frames, deepest = stream.current.frames, self.config.num_exits - 1
-        costs, spent, arriving = [], float(self.macs.stem(frames)), 0
-        for segment in range(self.config.num_exits):
-            arriving += stream.waiting(segment)
-            with_head = self.macs.segment(segment, frames, with_head=True)
-            skipped = (deepest - segment) * self.macs.propagate(frames) if stream.options.fill is Fill.PROPAGATE else 0
-            costs.append(spent + arriving * with_head + skipped)
-            spent += arriving * self.macs.segment(segment, frames, with_head=False)
+        waiting = tuple(map(len, stream.inboxes))
+        costs = self.macs.to_exits(stream.current.frames, waiting, stream.options.fill is Fill.PROPAGATE)
         policy_cap = stream.options.policy.max_exit(self.config.num_exits, stream.current.index)
         budget_cap = stream.budget.ceiling(self._audio_seconds(stream), costs)
         stream.cap = min(policy_cap, budget_cap, self._load_cap)

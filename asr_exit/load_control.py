@@ -111,6 +111,11 @@ class LoadController:
         """Deepest exit index the load allows now."""
         return self._ceiling
 
+    @property
+    def target_latency_ms(self) -> float:
+        """The latency to stay under."""
+        return self._target_ms
+
     def update(self, signal: LoadSignal) -> None:
         """Take one measurement into account. Call after every step, and now and then while idle."""
         now = self._clock()

@@ -1,7 +1,8 @@
 """The one thread that owns the engine. The event loop hands it commands and gets events back; neither ever blocks.
 
-Each round carries out every command that has arrived, runs one engine step (at most one chunk per stream, so that a
-fast sender does not hold up the others), and posts all events to the event loop in one call.
+Each round carries out every command that has arrived, runs one engine step over the streams that the scheduler picks
+(at most one chunk per stream, so that a fast sender does not hold up the others), and posts all events to the event
+loop in one call.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from asr_exit.scheduler import Batching, Scheduler
 from service.errors import StreamError
 from service.feed import Audio, Close, Command, Feed, Finish, Open, SetBudget
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from asr_exit.engine import Engine
     from asr_exit.stream import Stream
     from service.load import LoadMonitor
+    from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 Event = Callable[[], None]
@@ -36,6 +39,8 @@ class EngineThread:
         post: Callable[[list[Event]], None],
         *,
         load: LoadMonitor | None = None,
+        batching: Batching | None = None,
+        metrics: Metrics | None = None,
         prepare: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -43,6 +48,8 @@ class EngineThread:
         self._engine = engine
         self._post = post
         self._load = load
+        self._metrics = metrics
+        self._scheduler: Scheduler[Stream] = Scheduler(batching, clock)
         self._prepare = prepare
         self.clock = clock
         self._wake = threading.Condition()
@@ -78,8 +85,11 @@ class EngineThread:
             self._prepare()
         while True:
             with self._wake:
-                while not (self._waiting or self._stopping or self._engine.ready()):
-                    self._wake.wait()
+                while not (self._waiting or self._stopping):
+                    wait_s = self._scheduler.wait_s(len(self._feeds))
+                    if wait_s == 0.0:
+                        break
+                    self._wake.wait(wait_s)
                 if self._stopping:
                     break
                 batch = [(feed, feed.commands) for feed in self._waiting]
@@ -88,8 +98,8 @@ class EngineThread:
                 self._waiting = []
             for feed, commands in batch:
                 self._carry_out(feed, commands)
-            if self._engine.ready():
-                self._step()
+            if self._scheduler.wait_s(len(self._feeds)) == 0.0:
+                self._step(self._scheduler.take())
             self._flush()
         error = StreamError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: connect again later")
         with self._wake:
@@ -106,7 +116,14 @@ class EngineThread:
                 self._apply(feed, command)
             except Exception as error:
                 self._fail(feed, error)
+        self._offer(feed)
         self._events.append(partial(feed.listener.on_consumed, len(commands)))
+
+    def _offer(self, feed: Feed) -> None:
+        """Hand the stream to the scheduler if it has a whole chunk."""
+        stream = feed.stream
+        if stream is not None and not feed.closed and self._engine.is_ready(stream):
+            self._scheduler.offer(stream, feed.pace.next_due(feed.options.chunk_ms / 1000))
 
     def _apply(self, feed: Feed, command: Command) -> None:
         if isinstance(command, Close):
@@ -130,14 +147,14 @@ class EngineThread:
         elif isinstance(command, SetBudget):
             self._engine.set_budget(stream, command.budget)
 
-    def _step(self) -> None:
+    def _step(self, streams: list[Stream]) -> None:
         try:
-            output = self._engine.step()
+            output = self._engine.step(streams)
         except Exception:
-            log.exception("engine step failed: ending its %d streams", len(self._feeds))
+            log.exception("engine step failed: ending its %d streams", len(streams))
             error = StreamError(grpc.StatusCode.INTERNAL, "recognition failed; open a new stream")
-            for feed in list(self._feeds.values()):
-                self._fail(feed, error)
+            for stream in streams:
+                self._fail(self._feeds[stream], error)
             return
         now = self.clock()
         worst_late_s = 0.0
@@ -146,14 +163,21 @@ class EngineThread:
             latency_s, late_s = feed.pace.chunk_done(result.end_ms / 1000, now)
             worst_late_s = max(worst_late_s, late_s)
             self._events.append(partial(feed.listener.on_result, result, 1000 * latency_s))
+            if self._metrics:
+                self._metrics.chunk(result, latency_s)
             if result.end_of_stream:
                 self._release(feed)
+            else:
+                self._offer(feed)
         for stream, failure in output.failures:
-            log.error("stream failed inside the engine", exc_info=failure)
-            self._fail(self._feeds[stream], failure)
+            feed = self._feeds[stream]
+            log.error("stream failed inside the engine", exc_info=failure, extra={"stream": feed.stream_id})
+            self._fail(feed, failure)
+        if self._metrics:
+            self._metrics.step(output, worst_late_s)
         if self._load:
             ceiling = self._load.after_step(
-                output, 1000 * worst_late_s, ready_streams=self._engine.ready(), free_slots=self._engine.free_slots
+                output, 1000 * worst_late_s, ready_streams=len(self._scheduler), free_slots=self._engine.free_slots
             )
             self._engine.set_load_ceiling(ceiling)
 
@@ -167,6 +191,7 @@ class EngineThread:
         feed.closed = True
         if feed.stream is not None:
             self._feeds.pop(feed.stream, None)
+            self._scheduler.withdraw(feed.stream)
             try:
                 self._engine.close(feed.stream)
             except Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,20 @@ class StreamRequest:
 class Session:
     """Belongs to the event loop. Open it, send audio, finish; receive until None. Always close it."""
 
-    def __init__(self, request: StreamRequest, engine: EngineThread, limits: LimitsConfig) -> None:
-        """Raises AudioError for a rate outside 8000..48000 Hz. Takes no slot yet."""
+    def __init__(
+        self,
+        request: StreamRequest,
+        engine: EngineThread,
+        limits: LimitsConfig,
+        on_final: Callable[[str], None] | None = None,
+        on_slot_free: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Raises AudioError for a rate outside 8000..48000 Hz. Takes no slot yet.
+
+        `on_final` gets every final text; `on_slot_free` is called when the slot is given back, perhaps more than once.
+        """
+        self._on_slot_free = on_slot_free
+        self._on_final = on_final
         self.request = request
         self._engine = engine
         self._limits = limits
@@ -53,6 +66,11 @@ class Session:
         self._processed_s = 0.0
         self._ended = False
         self._closed = False
+
+    @property
+    def processed_s(self) -> float:
+        """Audio recognised so far, seconds."""
+        return self._processed_s
 
     async def open(self) -> None:
         """Takes a slot. Raises StreamError when there is none or the options do not fit the model."""
@@ -73,6 +91,11 @@ class Session:
             await self._wait_for_room()
             part = data[start : start + slice_bytes]
             self._received_bytes += len(part)
+            if 0 < self._limits.stream_s < self._received_bytes / per_second:
+                raise StreamError(
+                    grpc.StatusCode.OUT_OF_RANGE,
+                    f"more than {self._limits.stream_s:g} s of audio: open a new stream for the rest",
+                )
             self._submit(Audio(part, arrived_at))
 
     def set_budget(self, budget: Budget) -> None:
@@ -87,7 +110,10 @@ class Session:
 
     async def receive(self) -> Update | None:
         """Returns the next update, None after the last; raises StreamError when the stream failed."""
-        return await self._outbox.get()
+        update = await self._outbox.get()
+        if self._on_final is not None and update is not None and update.result.is_final and update.result.committed:
+            self._on_final(update.result.committed)
+        return update
 
     def fail(self, error: BaseException) -> None:
         """Ends the stream with an error, after the updates that are still unread. The slot is free at once."""
@@ -101,6 +127,7 @@ class Session:
             self._closed = True
             self._feed.abandoned = True
             self._submit(Close())
+            self._on_slot_free()
             self._look_again()
 
     def on_opened(self) -> None:
@@ -120,6 +147,7 @@ class Session:
         if result.end_of_stream:
             self._ended = True
             self._outbox.close()
+            self._on_slot_free()
         self._look_again()
 
     def on_failed(self, error: BaseException) -> None:
