@@ -10,7 +10,7 @@ HELP = "stream a file, standard input or the microphone to a server and print ca
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One source of audio, where to send it, and what to ask for."""
-    from service.cli.options import add_recognition_options
+    from service.cli.options import add_access_options, add_recognition_options
 
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=int, default=16_000, metavar="HZ", help="of stdin or microphone (default: 16000)"
     )
-    parser.add_argument("--server", default="127.0.0.1:50051", metavar="HOST:PORT", help="default: 127.0.0.1:50051")
+    add_access_options(parser)
     add_recognition_options(parser, chunk_ms=None)
     parser.add_argument("--realtime", action="store_true", help="send a file no faster than it would be spoken")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: captions, then a summary")
@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from asr_exit.budget import Budget
     from service.cli import sources
     from service.cli.captions import caption_view
+    from service.cli.options import access
     from service.cli.tally import Tally
     from service.client import SpeechClient, StreamSettings
 
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         fill=arguments.fill,
         budget=budget,
     )
-    with SpeechClient(arguments.server) as client:
+    with SpeechClient(arguments.server, access(arguments)) as client:
         exits = client.model().exits
         tally = Tally(exits[-1].encoder_macs_per_second)
         with caption_view([item.layer for item in exits], as_json=arguments.json) as view:
