@@ -48,14 +48,14 @@ class FrontEnd:
             padded = np.zeros((len(members), wanted), np.float32)
             for row, (_, samples) in enumerate(members):
                 padded[row, : len(samples)] = samples
-            batch = self._features(padded)
+            batch = self.features(padded)
             for row, (_, samples) in enumerate(members):
                 if len(samples) < wanted:
                     batch[row, _num_frames(samples, self._config.features) :] = 0.0
             batches[frames] = ([stream for stream, _ in members], batch.to(self._dtype))
         return batches
 
-    def _features(self, samples: np.ndarray) -> Tensor:
+    def features(self, samples: np.ndarray) -> Tensor:
         """(B, N) -> normalised (B, F, num_mels) float32 on the device."""
         frames = _num_frames(samples[0], self._config.features)
         rows = max(1, MAX_FRAMES_PER_BLOCK // frames)

@@ -148,6 +148,7 @@ class EngineThread:
             self._engine.set_budget(stream, command.budget)
 
     def _step(self, streams: list[Stream]) -> None:
+        cpu_s = time.thread_time()
         try:
             output = self._engine.step(streams)
         except Exception:
@@ -156,7 +157,7 @@ class EngineThread:
             for stream in streams:
                 self._fail(self._feeds[stream], error)
             return
-        now = self.clock()
+        now, cpu_s = self.clock(), time.thread_time() - cpu_s
         worst_late_s = 0.0
         for result in output.results:
             feed = self._feeds[result.stream]
@@ -174,7 +175,7 @@ class EngineThread:
             log.error("stream failed inside the engine", exc_info=failure, extra={"stream": feed.stream_id})
             self._fail(feed, failure)
         if self._metrics:
-            self._metrics.step(output, worst_late_s)
+            self._metrics.step(output, worst_late_s, cpu_s)
         if self._load:
             ceiling = self._load.after_step(
                 output, 1000 * worst_late_s, ready_streams=len(self._scheduler), free_slots=self._engine.free_slots

@@ -41,6 +41,7 @@ class Metrics:
         self._latency = histogram("chunk_latency_seconds", "From a chunk's last sample to its result", _LATENCY_S)
         self._queue = histogram("queue_delay_seconds", "Longest wait for the engine in a step", _LATENCY_S)
         self._step = histogram("step_seconds", "Duration of an engine step", _STEP_S)
+        self._step_cpu = counter("step_cpu_seconds", "Processor time of the engine threads inside steps")
         self._batch = histogram("step_streams", "Streams in an engine step", _BATCH)
         self._exit = histogram("exit_layer", "Layer after which a chunk left the encoder", exit_layers)
         self._decisions = counter("chunks", "Chunks recognised, by why they left where they did", "decision")
@@ -75,10 +76,11 @@ class Metrics:
         self._macs.inc(result.encoder_macs)
         self._audio.inc(result.chunk_ms / 1000)
 
-    def step(self, output: StepOutput, late_s: float) -> None:
+    def step(self, output: StepOutput, late_s: float, cpu_s: float) -> None:
         """One engine step is over; `late_s` is how far its worst result is behind real-time pace."""
         seconds = output.step_ms / 1000
         self._step.observe(seconds)
+        self._step_cpu.inc(cpu_s)
         self._queue.observe(max(0.0, late_s - seconds))
         self._batch.observe(len(output.results))
         audio_s = sum(result.chunk_ms for result in output.results) / 1000

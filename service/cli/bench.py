@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HELP = "measure speed per exit, streaming parity, depth switches, or memory over hours"
+HELP = "measure speed per exit, parity, depth switches, memory over hours, or a server under load and abuse"
 DEVIATION_BAR = 0.15
 DEVIATION_BATCH = 16  # the bar holds from this batch size on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand for each measurement."""
+    from service.cli.bench_service import add_kinds
     from service.cli.options import add_model_options
     from service.cli.recordings import add_recordings_options
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="wall",
         help="cpu = time this thread ran, for a machine that does other things, too (default: wall)",
     )
+    engine.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="fp32", help="default: fp32")
     parity = kinds.add_parser("parity", help="streaming against an offline pass with the same mask")
     switches = kinds.add_parser("switches", help="text after changes of depth, with and without revision")
     for kind in (parity, switches):
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--hours", type=float, default=1, metavar="N", help="of audio (default: 1)")
     memory.add_argument("--audio", metavar="FILE", help="repeated under faint noise (default: the bundled sample)")
     memory.add_argument("--policy", default="full", metavar="P", help="as in transcribe, or random (default: full)")
+    add_kinds(kinds)
     runs = {engine: _engine, parity: _parity, switches: _switches, memory: _memory}
     for kind, run_kind in runs.items():
         kind.add_argument("--chunk-ms", type=int, choices=(160, 320, 640, 1280), default=640, help="default: 640")
@@ -57,9 +60,10 @@ def _engine(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from asr_exit.config import require
-    from service.bench.speed import WARM_UP_TURNS, measure_speed, turns_of
+    from service.bench.speed import WARM_UP_TURNS, matrix_rate, measure_speed, turns_of
     from service.bench.streams import sample_audio
     from service.cli.options import load_model
+    from service.device import pick_precision
 
     batches = [int(part) if part.strip().isdecimal() else 0 for part in arguments.batches.split(",")]
     require(min(batches) >= 1, f"--batches {arguments.batches!r} must be numbers from 1, joined by commas")
@@ -67,6 +71,7 @@ def _engine(arguments: argparse.Namespace) -> int:
     require(arguments.clock == "wall" or arguments.threads == 1, "--clock cpu sees one thread only: use --threads 1")
     model, device = load_model(arguments)
     require(arguments.clock == "wall" or device == "cpu", "--clock cpu does not see a GPU: use --clock wall")
+    precision = pick_precision(arguments.precision, device)
     turns = len(batches) * (WARM_UP_TURNS + turns_of(arguments.seconds, arguments.chunk_ms))
     with _progress("timing", turns) as advance:
         rows = measure_speed(
@@ -76,9 +81,11 @@ def _engine(arguments: argparse.Namespace) -> int:
             chunk_ms=arguments.chunk_ms,
             seconds=arguments.seconds,
             device=device,
+            precision=precision,
             clock=arguments.clock,
             on_turn=advance,
         )
+    rate, peak = matrix_rate(precision, device, arguments.clock), rows[-1].encoder_gmacs_per_second
     judged = [row for row in rows if row.batch >= DEVIATION_BATCH]
     holds = all(abs(row.encoder_deviation) <= DEVIATION_BAR for row in judged)
     cells = [
@@ -110,6 +117,8 @@ def _engine(arguments: argparse.Namespace) -> int:
     )
     values = {
         "clock": arguments.clock,
+        "precision": precision,
+        "matrix_gmacs_per_second": rate,
         "deviation_bar": DEVIATION_BAR,
         "deviation_batch": DEVIATION_BATCH,
         "rows": [
@@ -120,10 +129,12 @@ def _engine(arguments: argparse.Namespace) -> int:
     notes = [
         "MACs and times are shares of full depth, with the deviation from the MACs in brackets; outside encoder and "
         "features are shares of the step",
+        f"{precision}; encoder at full depth, batch {rows[-1].batch}: {peak:.0f} billion MACs a second, "
+        f"{100 * peak / rate:.0f} % of a large matrix product's {rate:.0f}",
         f"bar: encoder time within {100 * DEVIATION_BAR:.0f} % of the MACs from batch {DEVIATION_BATCH} on: "
         f"{_verdict(holds, judged)}",
     ]
-    return _report(
+    return report(
         arguments, device, model.name, values, holds, f"one chunk of {arguments.chunk_ms} ms", columns, cells, notes
     )
 
@@ -169,7 +180,7 @@ def _parity(arguments: argparse.Namespace) -> int:
         for found in report.differences
     ]
     title = f"{report.recordings} recordings, {report.audio_seconds / 3600:.2f} h, {arguments.chunk_ms} ms"
-    return _report(
+    return report(
         arguments, device, model.name, values, report.holds, title, ("streaming against offline", ""), cells, notes
     )
 
@@ -253,7 +264,7 @@ def _switches(arguments: argparse.Namespace) -> int:
     ]
     title = f"without revision: {report.recordings} recordings, {report.audio_seconds / 3600:.2f} h, chunks of "
     title += f"{arguments.chunk_ms} ms"
-    return _report(arguments, device, model.name, values, report.holds, title, columns, cells, notes)
+    return report(arguments, device, model.name, values, report.holds, title, columns, cells, notes)
 
 
 def _memory(arguments: argparse.Namespace) -> int:
@@ -298,7 +309,7 @@ def _memory(arguments: argparse.Namespace) -> int:
         ("real-time factor", f"{report.real_time_factor:.4f}"),
     ]
     title = f"{report.hours:g} h in one stream, {report.steps} steps, {arguments.policy}"
-    return _report(arguments, device, model.name, values, report.holds, title, ("", ""), cells, [])
+    return report(arguments, device, model.name, values, report.holds, title, ("", ""), cells, [])
 
 
 def _verdict(holds: bool, judged: Sequence[object]) -> str:
@@ -319,7 +330,7 @@ def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _report(
+def report(
     arguments: argparse.Namespace,
     device: str,
     model: str,

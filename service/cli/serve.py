@@ -29,14 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE.toml", help="settings; see service/config.py for all of them")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on, 0 for a free one (default: 50051)")
-    parser.add_argument(
-        "--insecure", action="store_true", default=None, help="allow any host, unencrypted"
-    )
+    parser.add_argument("--insecure", action="store_true", default=None, help="allow any host, unencrypted")
     parser.add_argument("--tls-cert", metavar="PEM", help="certificate of this server; with --tls-key turns TLS on")
     parser.add_argument("--tls-key", metavar="PEM", help="its private key")
-    parser.add_argument(
-        "--tls-client-ca", metavar="PEM", help="mutual TLS: whose clients may connect"
-    )
+    parser.add_argument("--tls-client-ca", metavar="PEM", help="mutual TLS: whose clients may connect")
     parser.add_argument("--tokens", metavar="FILE", help="ask every call for one of the tokens in FILE, one a line")
     parser.add_argument("--model", metavar="FILE", help="model file (default: the bundled one)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
