@@ -134,7 +134,7 @@ def _engine(arguments: argparse.Namespace) -> int:
         f"bar: encoder time within {100 * DEVIATION_BAR:.0f} % of the MACs from batch {DEVIATION_BATCH} on: "
         f"{_verdict(holds, judged)}",
     ]
-    return report(
+    return print_report(
         arguments, device, model.name, values, holds, f"one chunk of {arguments.chunk_ms} ms", columns, cells, notes
     )
 
@@ -180,7 +180,7 @@ def _parity(arguments: argparse.Namespace) -> int:
         for found in report.differences
     ]
     title = f"{report.recordings} recordings, {report.audio_seconds / 3600:.2f} h, {arguments.chunk_ms} ms"
-    return report(
+    return print_report(
         arguments, device, model.name, values, report.holds, title, ("streaming against offline", ""), cells, notes
     )
 
@@ -264,7 +264,7 @@ def _switches(arguments: argparse.Namespace) -> int:
     ]
     title = f"without revision: {report.recordings} recordings, {report.audio_seconds / 3600:.2f} h, chunks of "
     title += f"{arguments.chunk_ms} ms"
-    return report(arguments, device, model.name, values, report.holds, title, columns, cells, notes)
+    return print_report(arguments, device, model.name, values, report.holds, title, columns, cells, notes)
 
 
 def _memory(arguments: argparse.Namespace) -> int:
@@ -309,7 +309,7 @@ def _memory(arguments: argparse.Namespace) -> int:
         ("real-time factor", f"{report.real_time_factor:.4f}"),
     ]
     title = f"{report.hours:g} h in one stream, {report.steps} steps, {arguments.policy}"
-    return report(arguments, device, model.name, values, report.holds, title, ("", ""), cells, [])
+    return print_report(arguments, device, model.name, values, report.holds, title, ("", ""), cells, [])
 
 
 def _verdict(holds: bool, judged: Sequence[object]) -> str:
@@ -330,7 +330,7 @@ def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def report(
+def print_report(
     arguments: argparse.Namespace,
     device: str,
     model: str,

@@ -80,7 +80,7 @@ def _load(arguments: argparse.Namespace) -> int:
     from asr_exit.config import require
     from service.bench import load
     from service.bench.served import cores, pin, serving
-    from service.cli.bench import report as print_report
+    from service.cli.bench import print_report
     from service.client import StreamSettings
 
     for name in ("start", "most", "trials", "seconds", "message_ms"):
@@ -128,8 +128,10 @@ def _load(arguments: argparse.Namespace) -> int:
         "raw_streams_per_core": raw,
         "trials": [load.as_json(trial) for trial in trials],
     }
-    columns = ("streams", "p50 ms", "p95 ms", "p99 ms", "first text ms", "end ms", "WER %", "core %", "overhead %")
-    columns += ("per step", "MB", "mean exit", "holds")
+    columns = (
+        *("streams", "p50 ms", "p95 ms", "p99 ms", "first text ms", "end ms", "WER %", "core %", "overhead %"),
+        *("per step", "MB", "mean exit", "holds"),
+    )
     notes = [f"most streams with p99 within {latency_ms:.0f} ms: {found.streams if found else 'none'}"]
     if raw and found:
         notes.append(f"{100 * found.streams / raw:.0f} % of the {raw:.0f} that the engine alone does at batch 32")
@@ -201,7 +203,7 @@ def _abuse(arguments: argparse.Namespace) -> int:
 
     from service.bench.abuse import MEMORY_BAR_MB, SERVER_TOML, measure_abuse
     from service.bench.served import cores, pin, serving
-    from service.cli.bench import report as print_report
+    from service.cli.bench import print_report
 
     server_cores, generator_cores = (set(), set()) if arguments.no_pin else cores()
     slots = arguments.good + 400
@@ -230,7 +232,7 @@ def _soak(arguments: argparse.Namespace) -> int:
     from asr_exit.config import require
     from service.bench.served import cores, pin, serving
     from service.bench.soak import DRIFT_BAR, MEMORY_BAR_MB, measure_soak
-    from service.cli.bench import report as print_report
+    from service.cli.bench import print_report
     from service.client import StreamSettings
 
     require(arguments.minutes > 0, f"--minutes {arguments.minutes:g} must be more than 0")
