@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, cast
 
 import grpc
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Event = Callable[[], None]
+_PUT_BY_S = 0.1  # how long audio that completes no chunk may lie around undecoded
 
 
 class EngineThread:
@@ -54,6 +56,7 @@ class EngineThread:
         self.clock = clock
         self._wake = threading.Condition()
         self._waiting: list[Feed] = []  # feeds with commands, in order of arrival; guarded by _wake
+        self._urgent = False  # whether one of these commands should not wait; guarded by _wake
         self._stopping = False  # guarded by _wake
         self._feeds: dict[Stream, Feed] = {}
         self._events: list[Event] = []
@@ -70,28 +73,37 @@ class EngineThread:
             self._wake.notify()
         self._thread.join()
 
-    def submit(self, feed: Feed, command: Command) -> None:
-        """Queues a command; callable from any thread. After `stop` it does nothing."""
+    def submit(self, feed: Feed, command: Command, *, wake: bool = True) -> None:
+        """Queues a command; callable from any thread. After `stop` it does nothing.
+
+        Without `wake` it may wait for 0.1 s, until there is more to do: for audio that completes no chunk.
+        """
         with self._wake:
             if self._stopping:
                 return
             if not feed.commands:
                 self._waiting.append(feed)
             feed.commands.append(command)
-            self._wake.notify()
+            if wake:
+                self._urgent = True
+                self._wake.notify()
 
     def _run(self) -> None:
         if self._prepare:
             self._prepare()
         while True:
             with self._wake:
-                while not (self._waiting or self._stopping):
+                while not (self._urgent or self._stopping):
                     wait_s = self._scheduler.wait_s(len(self._feeds))
                     if wait_s == 0.0:
                         break
-                    self._wake.wait(wait_s)
+                    if self._feeds:
+                        wait_s = _PUT_BY_S if wait_s is None else min(wait_s, _PUT_BY_S)
+                    if not self._wake.wait(wait_s) and self._waiting:
+                        break
                 if self._stopping:
                     break
+                self._urgent = False
                 batch = [(feed, feed.commands) for feed in self._waiting]
                 for feed in self._waiting:
                     feed.commands = []
@@ -109,11 +121,15 @@ class EngineThread:
         self._flush()
 
     def _carry_out(self, feed: Feed, commands: list[Command]) -> None:
-        for command in commands:
+        for kind, group in groupby(commands, type):
             if feed.closed:
                 break
             try:
-                self._apply(feed, command)
+                if kind is Audio:
+                    self._push(feed, cast("list[Audio]", list(group)))
+                else:
+                    for command in group:
+                        self._apply(feed, command)
             except Exception as error:
                 self._fail(feed, error)
         self._offer(feed)
@@ -138,14 +154,21 @@ class EngineThread:
             return
         stream = feed.stream
         assert stream is not None, "commands other than Open are submitted only after on_opened"
-        if isinstance(command, Audio):
-            self._engine.push(stream, feed.input.push(command.data))
-            feed.pace.arrived(len(command.data) / feed.input.bytes_per_second, command.arrived_at)
-        elif isinstance(command, Finish):
+        if isinstance(command, Finish):
             self._engine.push(stream, feed.input.finish())
             self._engine.finish(stream)
         elif isinstance(command, SetBudget):
             self._engine.set_budget(stream, command.budget)
+
+    def _push(self, feed: Feed, parts: list[Audio]) -> None:
+        """Decode what has arrived in one go."""
+        if feed.abandoned:
+            return
+        assert feed.stream is not None, "audio is submitted only after on_opened"
+        data = parts[0].data if len(parts) == 1 else b"".join(part.data for part in parts)
+        self._engine.push(feed.stream, feed.input.push(data))
+        for part in parts:
+            feed.pace.arrived(len(part.data) / feed.input.bytes_per_second, part.arrived_at)
 
     def _step(self, streams: list[Stream]) -> None:
         cpu_s = time.thread_time()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _SLICE_S = 0.5  # audio handed to the engine thread at once, so that a large message does not hold up other streams
 _MAX_QUEUED_COMMANDS = 64
+_WAKE_COMMANDS = 16
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Session:
                     grpc.StatusCode.OUT_OF_RANGE,
                     f"more than {self._limits.stream_s:g} s of audio: open a new stream for the rest",
                 )
-            self._submit(Audio(part, arrived_at))
+            self._submit(Audio(part, arrived_at), wake=self._is_worth_waking)
 
     def set_budget(self, budget: Budget) -> None:
         """Replaces the compute budget from the next chunk on."""
@@ -156,9 +157,15 @@ class Session:
             self._opened.set_exception(to_stream_error(error))
         self.fail(error)
 
-    def _submit(self, command: Open | Audio | SetBudget | Finish | Close) -> None:
+    def _submit(self, command: Open | Audio | SetBudget | Finish | Close, wake: bool = True) -> None:
         self._queued_commands += 1
-        self._engine.submit(self._feed, command)
+        self._engine.submit(self._feed, command, wake=wake)
+
+    @property
+    def _is_worth_waking(self) -> bool:
+        """Whether the engine thread could do more with what has arrived than put it by."""
+        chunk_s = self.request.options.chunk_ms / 1000
+        return self._unprocessed_s >= chunk_s or self._queued_commands >= _WAKE_COMMANDS
 
     def _look_again(self) -> None:
         self._room.set()
@@ -171,10 +178,13 @@ class Session:
             raise StreamError(grpc.StatusCode.CANCELLED, "the stream has ended")
 
     @property
+    def _unprocessed_s(self) -> float:
+        return self._received_bytes / self._feed.input.bytes_per_second - self._processed_s
+
+    @property
     def _full(self) -> bool:
-        received_s = self._received_bytes / self._feed.input.bytes_per_second
         return (
-            received_s - self._processed_s >= self._limits.backlog_s
+            self._unprocessed_s >= self._limits.backlog_s
             or self._queued_commands >= _MAX_QUEUED_COMMANDS
             or self._outbox.crowded
         )
