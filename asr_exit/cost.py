@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
-
-import torch
+from typing import TYPE_CHECKING
 
 from asr_exit.config import ModelConfig
-from asr_exit.encoder import Encoder
+
+if TYPE_CHECKING:
+    from asr_exit.encoder import Encoder
 
 _MAX_KNOWN = 1024
 
@@ -22,7 +21,7 @@ class SegmentMacs:
     config: ModelConfig
     subsampling_per_frame: int
     layer_per_frame: int  # without attention scores
-    head_per_frame: int
+    heads_per_frame: tuple[int, ...]  # per exit
     feedback_per_frame: int
 
     @classmethod
@@ -33,7 +32,7 @@ class SegmentMacs:
             encoder.config,
             encoder.subsampling.macs_per_frame(),
             segment.layers[0].macs_per_frame(),
-            segment.head.out.weight.numel(),
+            tuple(segment.head.macs_per_frame() for segment in encoder.segments),
             0 if segment.feedback is None else segment.feedback.weight.numel(),
         )
 
@@ -52,7 +51,7 @@ class SegmentMacs:
         feeds_back = self.config.self_conditioning and index < self.config.num_exits - 1
         if feeds_back:
             total += frames * self.feedback_per_frame
-        return total + (frames * self.head_per_frame if with_head or feeds_back else 0)
+        return total + (frames * self.heads_per_frame[index] if with_head or feeds_back else 0)
 
     def propagate(self, frames: int) -> int:
         """Filling one skipped segment's caches from an exit's hidden state."""
@@ -92,17 +91,3 @@ class SegmentMacs:
     def full(self, frames: int) -> int:
         """Full depth."""
         return self.to_exit(self.config.num_exits - 1, frames)
-
-
-@torch.inference_mode()
-def measure_seconds_per_mac(encoder: Encoder, macs: SegmentMacs, device: torch.device) -> float:
-    """Time of one multiply-accumulate at batch 1 on this device: median over a few full-depth chunks."""
-    config, times = encoder.config, []
-    frames = config.max_chunk_frames
-    features = torch.zeros(1, frames * config.subsampling, config.features.num_mels, device=device)
-    lengths = torch.tensor([features.shape[1]], device=device)
-    for _ in range(7):
-        begin = time.perf_counter()
-        encoder(features, lengths, chunk_frames=frames).logits[-1].cpu()
-        times.append(time.perf_counter() - begin)
-    return median(times[2:]) / macs.full(frames)

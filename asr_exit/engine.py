@@ -2,65 +2,41 @@
 
 A step takes at most one chunk per stream and sweeps the segments from shallow to deep. At each segment the batch is
 exactly the streams that go on; those that leave put their chunk into the next segment's inbox (`catch_up`) or have the
-skipped layers filled at once (`propagate`, `hole`). Not thread-safe: one thread owns an engine.
+skipped layers filled at once (`propagate`, `hole`). What computes is behind `asr_exit.backend.Backend`; there are no
+tensors here. Not thread-safe: one thread owns an engine.
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 
+from asr_exit.backend import StreamingModel
 from asr_exit.beam import PrefixBeamDecoder
 from asr_exit.budget import Budget, CostModel, DepthBudget
-from asr_exit.cache import CachePool
 from asr_exit.captions import Captions
-from asr_exit.checkpoint import Model
-from asr_exit.config import require
-from asr_exit.cost import measure_seconds_per_mac
 from asr_exit.ctc import CtcDecoder, GreedyDecoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
-from asr_exit.evidence import score
-from asr_exit.features import StreamingLogMel
-from asr_exit.front_end import FrontEnd
+from asr_exit.features import StreamingLogMel, num_frames
 from asr_exit.policy import Reason
 from asr_exit.stream import Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Engine:
     """Runs streams over one model."""
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        slots: int = 64,
-        device: str | torch.device = "cpu",
-        precision: Literal["fp32", "bf16"] = "fp32",
-    ) -> None:
-        """Make room for `slots` streams at once. Memory per slot is fixed (caches of every layer).
-
-        `precision` is that of weights, activations and caches. With "bf16" the engine has its own copy of the weights.
-        """
-        require(precision in DTYPES, f"unknown precision {precision!r}; use {' or '.join(DTYPES)}")
-        self.model, self.config, self.encoder = model, model.config, model.encoder.to(device)
-        self.device, self.precision, dtype = torch.device(device), precision, DTYPES[precision]
-        if dtype != torch.float32:
-            self.encoder = copy.deepcopy(model.encoder).in_precision(dtype)
-        self.macs = model.macs
-        self.front_end = FrontEnd(self.encoder, dtype, self.device)
-        self.pool = CachePool(self.config, slots, self.encoder.subsampling.tail_shapes(), self.device, dtype)
+    def __init__(self, model: StreamingModel, *, slots: int = 64, device: Any = "cpu") -> None:
+        """`slots`: most streams open at once. Memory per slot is fixed (caches of every layer)."""
+        self.model, self.config, self.macs = model, model.config, model.macs
+        self.backend = model.backend(slots, device)
         self.slots = slots
         self._streams: dict[int, Stream] = {}  # by slot
         self._load_cap = self.config.num_exits - 1
-        self.seconds_per_mac = measure_seconds_per_mac(self.encoder, self.macs, self.device)
+        self.seconds_per_mac = self.backend.seconds_per_mac()
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -75,7 +51,7 @@ class Engine:
         deepest = options.policy.deepest(self.config.num_exits)
         cost = self._cost_model(chunk_frames, options.fill)
         budget = DepthBudget(options.budget, cost, self.config.exit_layers)
-        slot = self.pool.acquire()
+        slot = self.backend.acquire()
         if slot is None:
             raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")
         stream = Stream(
@@ -83,7 +59,7 @@ class Engine:
             options=options,
             chunk_frames=chunk_frames,
             features=StreamingLogMel(self.config.features),
-            captions=Captions(make_decoder(options), self.model.tokenizer.pieces, self.config.frame_ms),
+            captions=Captions(make_decoder(options), self.model.pieces, self.config.frame_ms),
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
             deepest=deepest,
@@ -117,13 +93,13 @@ class Engine:
         if not stream.closed:
             stream.closed = True
             del self._streams[stream.slot]
-            self.pool.release(stream.slot)
+            self.backend.release(stream.slot)
             for inbox in stream.inboxes:
                 inbox.clear()
 
     def set_budget(self, stream: Stream, budget: Budget) -> None:
         """Change a stream's budget from its next chunk on. Raises ConfigError when it cannot be met."""
-        stream.budget.update(budget)
+        stream.budget.update(budget, self._cost_model(stream.chunk_frames, stream.options.fill))
 
     def set_load_ceiling(self, exit_index: int | None) -> None:
         """Deepest exit that load allows; None = no limit."""
@@ -132,7 +108,7 @@ class Engine:
 
     @property
     def free_slots(self) -> int:
-        return len(self.pool.free)
+        return self.backend.free_slots
 
     def ready(self) -> int:
         """Streams that the next step would serve."""
@@ -155,7 +131,6 @@ class Engine:
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def step(self, streams: Iterable[Stream] | None = None) -> StepOutput:
         """Serve `streams`, or every stream, one chunk if they are ready (see `asr_exit.scheduler` for whom and when).
 
@@ -185,25 +160,32 @@ class Engine:
                 failures.append((stream, stream.failure))
                 self.close(stream)
             else:
-                stream.budget.spend(stream.step_macs, self._audio_seconds(stream))
                 stream.total_macs += stream.step_macs
                 results.append(self._result(stream))
-        return StepOutput(results, failures, 1000 * (time.perf_counter() - begin))
+        seconds = time.perf_counter() - begin
+        total_macs = max(1, sum(result.encoder_macs for result in results))
+        for result in results:
+            stream, macs = result.stream, result.encoder_macs
+            stream.budget.spend(macs, self._audio_seconds(stream), seconds * macs / total_macs)
+        return StepOutput(results, failures, 1000 * seconds)
 
     def _audio_seconds(self, stream: Stream) -> float:
         return 0.0 if stream.current is None else stream.current.frames * self.config.frame_ms / 1000
 
-    def _take_chunks(self, streams: list[Stream]) -> None:
+    def _take_chunks(self, streams: Iterable[Stream]) -> None:
         """Move each stream's next chunk through the subsampling to the door of the first segment."""
-        batches: dict[int, tuple[list[Stream], torch.Tensor]] = {}
-        with _blame(streams):
-            batches = self.front_end.take(streams)
-        for frames, (members, batch) in batches.items():
-            with _blame(members):
-                slots = torch.tensor([stream.slot for stream in members], device=self.device)
-                states, tails = self.encoder.subsampling(batch, self.pool.swap_tails(slots))
-                self.pool.swap_tails(slots, tails)
-                for stream, state in zip(members, states, strict=True):
+        factor = self.config.subsampling
+        groups: dict[int, list[tuple[Stream, np.ndarray]]] = defaultdict(list)
+        for stream in streams:
+            samples = stream.features.take(stream.chunk_frames * factor)
+            if len(samples):
+                groups[-(-num_frames(len(samples), self.config.features) // factor)].append((stream, samples))
+        for frames, members in groups.items():
+            with _blame([stream for stream, _ in members]):
+                slots = np.array([stream.slot for stream, _ in members])
+                features = self.backend.log_mel([samples for _, samples in members])
+                states = self.backend.subsample(slots, features, frames)
+                for (stream, _), state in zip(members, states, strict=True):
                     stream.current = Chunk(stream.chunks, stream.next_frame, frames, state)
                     stream.chunks += 1
                     stream.next_frame += frames
@@ -236,19 +218,22 @@ class Engine:
 
     def _run_batch(self, segment: int, frames: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
         slots = np.array([stream.slot for stream, _ in members])
-        before = torch.stack([chunk.state for _, chunk in members])
-        context, states = self.pool.begin(segment, slots, frames, chunk_frames)
         judged = any(stream.options.policy.needs_evidence for stream, _ in members)
         read = judged or any(segment >= stream.cap for stream, _ in members)
-        after, logits = self.encoder.segments[segment](before, context, states, want_logits=read)
+        states, scores = self.backend.run(
+            segment,
+            slots,
+            [chunk.state for _, chunk in members],
+            frames,
+            chunk_frames,
+            [chunk.scores for _, chunk in members],
+            read=read,
+            want_log_probs=any(stream.options.decoder == "beam" for stream, _ in members),
+            want_evidence=judged,
+        )
         cost = self.macs.segment(segment, frames, with_head=read)
-        scores = None
-        if read:
-            beams = any(stream.options.decoder == "beam" for stream, _ in members)
-            previous = [None if chunk.scores is None else chunk.scores.frames.ids for _, chunk in members]
-            scores = score(logits, before, after, previous, beams, judged)
         for row, (stream, chunk) in enumerate(members):
-            chunk.state, chunk.exit_index = after[row], segment
+            chunk.state, chunk.exit_index = states[row], segment
             stream.step_macs += cost
             if scores is not None:
                 chunk.scores = scores[row]
@@ -297,11 +282,10 @@ class Engine:
                 with _blame([stream for stream, _ in members]):
                     slots = np.array([stream.slot for stream, _ in members])
                     if propagates:
-                        context, states = self.pool.begin(segment, slots, frames, chunk_frames)
-                        state = torch.stack([chunk.state for _, chunk in members])
-                        self.encoder.segments[segment].propagate(state, context, states)
+                        waiting = [chunk.state for _, chunk in members]
+                        self.backend.propagate(segment, slots, waiting, frames, chunk_frames)
                     else:
-                        self.pool.leave_hole(segment, slots, frames)
+                        self.backend.leave_hole(segment, slots, frames)
                 for stream, chunk in members:
                     stream.step_macs += self.macs.propagate(frames) if propagates else 0
                     if segment < stream.deepest:

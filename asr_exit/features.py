@@ -7,6 +7,7 @@ pushes. Torch-free on purpose, so that devices without torch compute the same fe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +16,7 @@ from asr_exit.config import FeatureConfig
 
 INT16_SCALE = 32768.0
 ENERGY_FLOOR = 1.0  # on the int16 scale: below one bit of noise, so digital silence stays finite
+_BLOCK_SAMPLES = 40_960  # of one batch of streams: the working set stays in the cache
 MAX_FRAMES_PER_BLOCK = 256  # keeps the working set in the cache, and bounds it for hours-long files
 
 
@@ -91,17 +93,40 @@ def _silence(config: FeatureConfig) -> np.ndarray:
 
 def _log_mel(samples: np.ndarray, config: FeatureConfig) -> np.ndarray:
     """(N,) samples -> (T, num_mels) for every window that fits."""
-    num_frames = 1 + (len(samples) - config.window_samples) // config.hop_samples
-    if num_frames <= 0:
+    count = num_frames(len(samples), config)
+    if count == 0:
         return np.zeros((0, config.num_mels), np.float32)
     overlap = config.window_samples - config.hop_samples
     blocks = []
-    for first in range(0, num_frames, MAX_FRAMES_PER_BLOCK):
-        frames = min(MAX_FRAMES_PER_BLOCK, num_frames - first)
+    for first in range(0, count, MAX_FRAMES_PER_BLOCK):
+        frames = min(MAX_FRAMES_PER_BLOCK, count - first)
         begin = first * config.hop_samples
         end = begin + frames * config.hop_samples + overlap
         blocks.append(windows_to_log_mel(samples[None, begin:end], config)[0])
     return np.concatenate(blocks)
+
+
+def num_frames(num_samples: int, config: FeatureConfig) -> int:
+    """Windows that fit into so many samples."""
+    return max(0, 1 + (num_samples - config.window_samples) // config.hop_samples)
+
+
+def log_mels(samples: Sequence[np.ndarray], compute: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+    """Features of many streams at once, from what `StreamingLogMel.take` gave of each.
+
+    Args:
+        compute: from (B, N) samples to (B, T, num_mels); called for a few streams of equal length at a time.
+    """
+    by_length: dict[int, list[int]] = {}
+    for index, part in enumerate(samples):
+        by_length.setdefault(len(part), []).append(index)
+    features: dict[int, np.ndarray] = {}
+    for length, members in by_length.items():
+        rows = max(1, _BLOCK_SAMPLES // length)
+        for first in range(0, len(members), rows):
+            block = members[first : first + rows]
+            features.update(zip(block, compute(np.stack([samples[index] for index in block])), strict=True))
+    return [features[index] for index in range(len(samples))]
 
 
 class StreamingLogMel:
@@ -121,18 +146,18 @@ class StreamingLogMel:
     @property
     def ready_frames(self) -> int:
         """Feature frames that `pull` can return now."""
-        return max(0, 1 + (self._pending_samples - self.config.window_samples) // self.config.hop_samples)
+        return num_frames(self._pending_samples, self.config)
 
     def take(self, max_frames: int | None = None) -> np.ndarray:
         """The samples of the next T = min(ready_frames, max_frames) feature frames: (T * hop + overlap,), 0 for T = 0.
 
         For callers that compute the features of many streams at once, with `windows_to_log_mel`.
         """
-        num_frames = self.ready_frames if max_frames is None else min(self.ready_frames, max_frames)
-        if num_frames == 0:
+        frames = self.ready_frames if max_frames is None else min(self.ready_frames, max_frames)
+        if frames == 0:
             return np.zeros(0, np.float32)
         samples = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending)
-        used = num_frames * self.config.hop_samples
+        used = frames * self.config.hop_samples
         self._pending = [samples[used:].copy()]  # a copy, so that the consumed part is freed
         self._pending_samples = len(self._pending[0])
         return samples[: used - self.config.hop_samples + self.config.window_samples]

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-from torch import Tensor
-
+from asr_exit.backend import State
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
 from asr_exit.config import require
@@ -64,7 +63,7 @@ class Chunk:
     index: int
     start_frame: int
     frames: int
-    state: Tensor  # (T, D) input of the next segment
+    state: State  # (T, D) input of the next segment
     exit_index: int = -1  # deepest exit computed so far
     scores: ExitScores | None = None  # of the deepest exit that was read
     settled: bool = False  # no deeper answer will come

@@ -178,7 +178,7 @@ async def run(model: Model, config: ServeConfig, announce: Callable[[int], None]
 def _make_engine(model: Model, config: ServeConfig) -> Engine:
     device = pick_device(config.model.device)
     slots = -(-config.limits.streams // config.model.workers)
-    return Engine(model, slots=slots, device=device, precision=pick_precision(config.model.precision, device))
+    return Engine(model.in_precision(pick_precision(config.model.precision, device)), slots=slots, device=device)
 
 
 def _fits(model: Model, chunk_ms: int) -> bool:

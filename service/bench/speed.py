@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from asr_exit.checkpoint import Model
-from asr_exit.engine import DTYPES, Engine
+from asr_exit.checkpoint import DTYPES, Model
+from asr_exit.engine import Engine
 from asr_exit.policy import Fixed
 from asr_exit.stream import Stream, StreamOptions
 from service.bench.streams import looped
@@ -76,7 +76,6 @@ def measure_speed(
     chunk_ms: float,
     seconds: float,
     device: str = "cpu",
-    precision: Literal["fp32", "bf16"] = "fp32",
     clock: str = "wall",
     on_turn: Callable[[], None] = lambda: None,
 ) -> list[SpeedRow]:
@@ -97,7 +96,6 @@ def measure_speed(
                 chunk_ms,
                 turns_of(seconds, chunk_ms),
                 device,
-                precision,
                 CLOCKS[clock],
                 encoder_seconds,
                 on_turn,
@@ -117,14 +115,13 @@ def _measure_batch(
     chunk_ms: float,
     turns: int,
     device: str,
-    precision: Literal["fp32", "bf16"],
     clock: Callable[[], float],
     encoder_seconds: list[float],
     on_turn: Callable[[], None],
 ) -> list[SpeedRow]:
     config = model.config
     layers = config.exit_layers
-    lanes = [_open_lane(model, batch, chunk_ms, layer, device, precision) for layer in layers]
+    lanes = [_open_lane(model, batch, chunk_ms, layer, device) for layer in layers]
     chunk_samples = config.chunk_frames(chunk_ms) * config.samples_per_frame
     overlap = config.features.window_samples - config.features.hop_samples
     features_seconds = []
@@ -143,9 +140,9 @@ def _measure_batch(
             if turn >= 0:
                 lane.seconds.append(spent)
                 lane.encoder_seconds.append(encoder_seconds[0])
-        stacked = np.pad(np.stack(parts), ((0, 0), (overlap, 0)))
+        padded = [np.pad(part, (overlap, 0)) for part in parts]
         begin = clock()
-        lane.engine.front_end.features(stacked)
+        lane.engine.backend.log_mel(padded)
         features_seconds.append(clock() - begin)
         on_turn()
     frames = config.chunk_frames(chunk_ms)
@@ -157,9 +154,7 @@ def _measure_batch(
 
 
 @torch.inference_mode()
-def matrix_rate(
-    precision: Literal["fp32", "bf16"], device: str = "cpu", clock: str = "wall", size: int = 1024
-) -> float:
+def matrix_rate(precision: str, device: str = "cpu", clock: str = "wall", size: int = 1024) -> float:
     """Billions of multiply-accumulates a second in a large matrix product: what the encoder is measured against."""
     left = torch.randn(size, size).to(device, DTYPES[precision])
     seconds = []
@@ -170,10 +165,8 @@ def matrix_rate(
     return size**3 / min(seconds[2:]) / 1e9
 
 
-def _open_lane(
-    model: Model, batch: int, chunk_ms: float, layer: int, device: str, precision: Literal["fp32", "bf16"]
-) -> _Lane:
-    engine = Engine(model, slots=batch, device=device, precision=precision)
+def _open_lane(model: Model, batch: int, chunk_ms: float, layer: int, device: str) -> _Lane:
+    engine = Engine(model, slots=batch, device=device)
     options = StreamOptions(chunk_ms=chunk_ms, policy=Fixed(layer, model.config.exit_every))
     return _Lane(engine, [engine.open(options) for _ in range(batch)])
 

@@ -147,7 +147,7 @@ def test_several_engines_share_the_streams(model: Model) -> None:
             thread.join()
         engines = server.server.engines
         assert [engine.slots for engine in engines] == [2, 2]
-        assert all(engine.encoder is model.encoder for engine in engines)  # fp32 weights are shared
+        assert all(engine.backend.encoder is model.encoder for engine in engines)  # fp32 weights are shared
     assert texts[0]
     assert texts == [texts[0]] * 4
 
