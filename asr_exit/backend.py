@@ -35,6 +35,9 @@ class Backend(Protocol):
     def release(self, slot: int) -> None:
         """Give a slot back."""
 
+    def log_mel(self, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-mel features (F, num_mels) of what `StreamingLogMel.take` gave of each stream."""
+
     def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: int) -> list[State]:
         """Log-mel features, per stream (F, num_mels) with F <= frames * subsampling -> states of T = `frames`."""
 

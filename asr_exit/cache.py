@@ -70,15 +70,20 @@ class CachePool:
     """The state of every layer for `slots` streams. A free slot is NaN throughout, so that a stale read shows."""
 
     def __init__(
-        self, config: ModelConfig, slots: int, tail_shapes: list[tuple[int, int]], device: torch.device
+        self,
+        config: ModelConfig,
+        slots: int,
+        tail_shapes: list[tuple[int, int]],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """`tail_shapes`: per subsampling stage (channels, bands), from `ConvSubsampling.tail_shapes`."""
-        self.config, self.device = config, device
+        self.config, self.device, self.dtype = config, device, dtype
         window = config.left_context_frames + config.max_chunk_frames
         heads, halo = config.num_heads, (config.conv_kernel - 1) // 2
 
         def poisoned(*shape: int) -> Tensor:
-            return torch.full(shape, torch.nan, device=device)
+            return torch.full(shape, torch.nan, device=device, dtype=dtype)
 
         self.segments = [
             [
@@ -150,8 +155,8 @@ class CachePool:
         if last is None or last[0] != sizes or not np.array_equal(last[1], start) or not np.array_equal(last[2], held):
             query = torch.from_numpy(start[:, None] + np.arange(frames))
             keys = torch.from_numpy(held)
-            mask = additive(visible(query[:, :1], keys, chunk_frames, self.config.left_context_frames), torch.float32)
-            cos, sin = rotary(query, self.config.d_model // self.config.num_heads, torch.float32)
+            mask = additive(visible(query[:, :1], keys, chunk_frames, self.config.left_context_frames), self.dtype)
+            cos, sin = rotary(query, self.config.d_model // self.config.num_heads, self.dtype)
             context = FrameContext(cos.to(self.device), sin.to(self.device), mask.to(self.device), chunk_frames)
             last = self._shared = (sizes, start, held, context)
         return last[3]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from asr_exit.torch_backend import TorchBackend
 
 FORMAT = "asr-exit/1"
 BUNDLED = "model.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,17 @@ class Model:
     def pieces(self) -> tuple[str, ...]:
         """The tokenizer's pieces by id."""
         return self.tokenizer.pieces
+
+    def in_precision(self, precision: str) -> Model:
+        """This model with weights, and so activations and caches, in "fp32" (itself) or "bf16" (a copy).
+
+        Raises ConfigError for another name.
+        """
+        if precision not in DTYPES:
+            raise ConfigError(f"unknown precision {precision!r}; use {' or '.join(DTYPES)}")
+        if self.encoder.subsampling.out.weight.dtype == DTYPES[precision]:
+            return self
+        return replace(self, encoder=copy.deepcopy(self.encoder).in_precision(DTYPES[precision]))
 
     def backend(self, slots: int, device: str | torch.device) -> TorchBackend:
         """What the engine runs this model with; moves it to `device`."""

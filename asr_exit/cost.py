@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,6 +11,8 @@ from asr_exit.config import ModelConfig
 
 if TYPE_CHECKING:
     from asr_exit.encoder import Encoder
+
+_MAX_KNOWN = 1024
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SegmentMacs:
             total += self.segment(index, frames, with_head=index == exit_index)
         return total
 
-    def of_step(self, frames: int, chunk_frames: int, waiting: Sequence[int], propagate: bool) -> list[float]:
+    def of_step(self, frames: int, chunk_frames: int, waiting: tuple[int, ...], propagate: bool) -> tuple[float, ...]:
         """Per exit what a step to it costs: the stem, the segments, and what waits at the doors on the way.
 
         Args:
@@ -74,14 +75,25 @@ class SegmentMacs:
             waiting: per segment the chunks at its door.
             propagate: earlier chunks only get their layers filled; else they run.
         """
-        costs, spent, arriving = [], float(self.stem(frames)), 0
-        for index, more in enumerate(waiting):
-            arriving += more
-            running = 1 if propagate else arriving
-            spent += (arriving - running) * self.propagate(chunk_frames)
-            costs.append(spent + running * self.segment(index, frames, with_head=True))
-            spent += running * self.segment(index, frames, with_head=False)
-        return costs
+        key = frames, chunk_frames, waiting, propagate
+        known = self._known.get(key)
+        if known is None:
+            costs, spent, arriving = [], float(self.stem(frames)), 0
+            for index, more in enumerate(waiting):
+                arriving += more
+                running = 1 if propagate else arriving
+                spent += (arriving - running) * self.propagate(chunk_frames)
+                costs.append(spent + running * self.segment(index, frames, with_head=True))
+                spent += running * self.segment(index, frames, with_head=False)
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            known = self._known[key] = tuple(costs)
+        return known
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int, tuple[int, ...], bool], tuple[float, ...]]:
+        """Answers of `of_step`: the same few questions come back for every chunk."""
+        return {}
 
     def full(self, frames: int) -> int:
         """Full depth."""

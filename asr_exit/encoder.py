@@ -121,6 +121,13 @@ class Encoder(nn.Module):
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std)
 
+    def in_precision(self, dtype: torch.dtype) -> Encoder:
+        """Make weights and activations `dtype`, in place; feature statistics stay float32. Returns itself."""
+        mean, std = self.feature_mean, self.feature_std
+        self.to(dtype)
+        self.feature_mean, self.feature_std = mean, std
+        return self
+
     def normalise(self, features: Tensor) -> Tensor:
         """(..., num_mels) log-mel -> zero mean, unit variance by the training statistics."""
         return (features - self.feature_mean) / self.feature_std
@@ -150,7 +157,7 @@ class Encoder(nn.Module):
         frame_index = torch.arange(padded, device=features.device)
         real = (frame_index < feature_lengths[:, None])[:, :, None]
         x = nn.functional.pad(self.normalise(features), (0, 0, 0, padded - features.shape[1]))
-        x, _ = self.subsampling(x * real)
+        x, _ = self.subsampling((x * real).to(self.subsampling.out.weight.dtype))
         lengths = (feature_lengths + factor - 1) // factor
         positions = torch.arange(x.shape[1], device=x.device)[None]
         valid = positions < lengths[:, None]

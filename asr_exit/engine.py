@@ -21,7 +21,7 @@ from asr_exit.captions import Captions
 from asr_exit.decoders import make_decoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
 from asr_exit.evidence import with_beam_share
-from asr_exit.features import StreamingLogMel
+from asr_exit.features import StreamingLogMel, num_frames
 from asr_exit.policy import Reason
 from asr_exit.stream import Blame, Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
 
@@ -114,19 +114,23 @@ class Engine:
 
     def ready(self) -> int:
         """Streams that the next step would serve."""
-        return sum(map(self._is_ready, self._streams.values()))
+        return sum(map(self.is_ready, self._streams.values()))
 
-    def _is_ready(self, stream: Stream) -> bool:
-        if stream.ended:
+    def is_ready(self, stream: Stream) -> bool:
+        """Whether a step could serve this stream now."""
+        if stream.ended or stream.closed:
             return False
         return stream.finished or stream.features.ready_frames >= stream.chunk_frames * self.config.subsampling
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def step(self) -> StepOutput:
-        """Serve every ready stream one chunk. Streams that fail are closed and reported; the others never notice."""
+    def step(self, streams: Iterable[Stream] | None = None) -> StepOutput:
+        """Serve `streams`, or every stream, one chunk if they are ready (see `asr_exit.scheduler` for whom and when).
+
+        Streams that fail are closed and reported; the others never notice.
+        """
         begin = time.perf_counter()
-        served = [stream for stream in self._streams.values() if self._is_ready(stream)]
+        served = [s for s in (self._streams.values() if streams is None else streams) if self.is_ready(s)]
         for stream in served:
             stream.step_macs, stream.idle_macs, stream.current = stream.idle_macs, 0, None
         self._take_chunks(served)
@@ -166,13 +170,14 @@ class Engine:
         factor = self.config.subsampling
         groups: dict[int, list[tuple[Stream, np.ndarray]]] = defaultdict(list)
         for stream in streams:
-            features = stream.features.pull(stream.chunk_frames * factor)
-            if len(features):
-                groups[-(-len(features) // factor)].append((stream, features))
+            samples = stream.features.take(stream.chunk_frames * factor)
+            if len(samples):
+                groups[-(-num_frames(len(samples), self.config.features) // factor)].append((stream, samples))
         for frames, members in groups.items():
             with Blame([stream for stream, _ in members]):
                 slots = np.array([stream.slot for stream, _ in members])
-                states = self.backend.subsample(slots, [features for _, features in members], frames)
+                features = self.backend.log_mel([samples for _, samples in members])
+                states = self.backend.subsample(slots, features, frames)
                 for (stream, _), state in zip(members, states, strict=True):
                     stream.current = Chunk(stream.chunks, stream.next_frame, frames, state)
                     stream.chunks += 1
@@ -184,7 +189,7 @@ class Engine:
     def _set_cap(self, stream: Stream) -> None:
         """Host-side ceiling for the current chunk, before anything is computed."""
         assert stream.current is not None
-        waiting = [stream.waiting(segment) for segment in range(self.config.num_exits)]
+        waiting = tuple(stream.waiting(segment) for segment in range(self.config.num_exits))
         fills = stream.options.fill is Fill.PROPAGATE
         costs = self.macs.of_step(stream.current.frames, stream.chunk_frames, waiting, fills)
         policy_cap = stream.options.policy.max_exit(self.config.num_exits, stream.current.index)

@@ -134,6 +134,11 @@ class LoadController:
         """Deepest exit index that load, heat and battery allow now."""
         return min(self._ceiling, self._device_limit)
 
+    @property
+    def target_latency_ms(self) -> float:
+        """The latency to stay under."""
+        return self._target_ms
+
     def update(self, signal: LoadSignal) -> None:
         """Take one measurement into account. Call after every step, and now and then while idle."""
         now = self._clock()

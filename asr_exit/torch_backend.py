@@ -13,14 +13,22 @@ from asr_exit.cache import CachePool
 from asr_exit.cost import SegmentMacs
 from asr_exit.encoder import Encoder
 from asr_exit.evidence import ExitScores, score
+from asr_exit.features import log_mels, windows_to_log_mel
+from asr_exit.front_end import Float32LogMel
 
 
 class TorchBackend:
-    """Runs an `Encoder` (an `asr_exit.backend.Backend`)."""
+    """Runs an `Encoder` (an `asr_exit.backend.Backend`) in the precision of its weights.
+
+    An fp32 encoder gets the features that every device computes, float64 inside. A reduced one gets float32 features:
+    three times the speed, and errors far below those of its weights.
+    """
 
     def __init__(self, encoder: Encoder, slots: int, device: str | torch.device) -> None:
         self.config, self.encoder, self.device = encoder.config, encoder.to(device), torch.device(device)
-        self.pool = CachePool(self.config, slots, encoder.subsampling.tail_shapes(), self.device)
+        self.dtype = encoder.subsampling.out.weight.dtype
+        self.pool = CachePool(self.config, slots, encoder.subsampling.tail_shapes(), self.device, self.dtype)
+        self._fast_log_mel = None if self.dtype == torch.float32 else Float32LogMel(self.config.features)
 
     @property
     def free_slots(self) -> int:
@@ -33,6 +41,12 @@ class TorchBackend:
         self.pool.release(slot)
 
     @torch.inference_mode()
+    def log_mel(self, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if self._fast_log_mel is None:
+            return log_mels(samples, lambda batch: windows_to_log_mel(batch, self.config.features))
+        return log_mels(samples, self._fast_log_mel)
+
+    @torch.inference_mode()
     def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: int) -> list[Tensor]:
         padded = np.zeros((len(features), frames * self.config.subsampling, self.config.features.num_mels), np.float32)
         for row, values in enumerate(features):
@@ -41,7 +55,7 @@ class TorchBackend:
         for row, values in enumerate(features):
             batch[row, len(values) :] = 0.0
         index = torch.from_numpy(slots).to(self.device)
-        states, tails = self.encoder.subsampling(batch, self.pool.swap_tails(index))
+        states, tails = self.encoder.subsampling(batch.to(self.dtype), self.pool.swap_tails(index))
         self.pool.swap_tails(index, tails)
         return list(states)
 

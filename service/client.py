@@ -13,6 +13,7 @@ from asr_exit.budget import Budget
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
 from service.results import Caption, CaptionWord, ChunkDepth
+from service.tls import channel_credentials
 
 Part = bytes | Budget  # audio, or a new budget from here on
 _ENCODINGS = {"linear16": pb.StreamingConfig.LINEAR16, "float32": pb.StreamingConfig.FLOAT32}
@@ -22,10 +23,11 @@ _OPTIONS = [("grpc.max_send_message_length", -1)]
 class ServiceError(Exception):
     """The server ended a call: `code` is the name of the gRPC status, the message says what to change."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, retry_after_ms: int | None = None) -> None:
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
+        self.retry_after_ms = retry_after_ms  # the server's hint, where it gave one
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,39 @@ class StreamSettings:
         return pb.StreamingRecognizeRequest(streaming_config=config)
 
 
+@dataclass(frozen=True)
+class Access:
+    """How to reach a server: in the clear, or over TLS as soon as any of the files is named or `tls` is set."""
+
+    tls: bool = False  # with the usual certificate authorities
+    ca: str = ""  # PEM file of the authorities to trust instead
+    certificate: str = ""  # own certificate and key, for mutual TLS
+    key: str = ""
+    token: str = ""
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """None = in the clear."""
+        if not (self.tls or self.ca or self.certificate or self.key):
+            return None
+        return channel_credentials(self.ca, self.certificate, self.key)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+
 class SpeechClient:
     """Blocking client; a context manager. One client may run many streams."""
 
-    def __init__(self, address: str) -> None:
-        """`address` is HOST:PORT. Connects with the first call."""
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+    def __init__(self, address: str, access: Access | None = None) -> None:
+        """`address` is HOST:PORT. Connects with the first call. Raises ConfigError for files that cannot be read."""
+        access = access or Access()
+        credentials = access.credentials()
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, options=_OPTIONS)
+        self._metadata = access.metadata()
         self._stub = speech_pb2_grpc.SpeechStub(self._channel)
 
     def __enter__(self) -> SpeechClient:
@@ -83,7 +112,7 @@ class SpeechClient:
     def model(self, timeout_s: float = 10.0) -> pb.Model:
         """What the server runs. Raises ServiceError."""
         try:
-            return self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s)
+            return self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _service_error(error) from None
 
@@ -105,7 +134,7 @@ class SpeechClient:
                 failures.append(error)
                 raise
 
-        call = self._stub.StreamingRecognize(requests())
+        call = self._stub.StreamingRecognize(requests(), metadata=self._metadata)
         try:
             for response in call:
                 yield from captions(response)
@@ -120,9 +149,15 @@ class SpeechClient:
 class AsyncSpeechClient:
     """The same for asyncio; an async context manager."""
 
-    def __init__(self, address: str) -> None:
-        """`address` is HOST:PORT. Connects with the first call."""
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    def __init__(self, address: str, access: Access | None = None) -> None:
+        """`address` is HOST:PORT. Connects with the first call. Raises ConfigError for files that cannot be read."""
+        access = access or Access()
+        credentials = access.credentials()
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+        self._metadata = access.metadata()
         self._stub = speech_pb2_grpc.SpeechStub(self._channel)
 
     async def __aenter__(self) -> AsyncSpeechClient:
@@ -131,6 +166,10 @@ class AsyncSpeechClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends all calls and the connection."""
         await self._channel.close()
 
     async def stream(
@@ -144,7 +183,7 @@ class AsyncSpeechClient:
             async for part in audio:
                 yield part_message(part)
 
-        call = self._stub.StreamingRecognize(requests())
+        call = self._stub.StreamingRecognize(requests(), metadata=self._metadata)
         try:
             async for response in call:
                 for caption in captions(response):
@@ -210,4 +249,6 @@ def _ms(value: object) -> float:
 
 
 def _service_error(error: grpc.RpcError) -> ServiceError:
-    return ServiceError(error.code().name, error.details() or "no details")
+    metadata = dict(error.trailing_metadata() or ())
+    hint = metadata.get("retry-after-ms")
+    return ServiceError(error.code().name, error.details() or "no details", int(hint) if hint else None)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from asr_exit.config import from_mapping, require
 from asr_exit.errors import ConfigError
+from asr_exit.scheduler import Batching
 
 
 @dataclass(frozen=True)
@@ -17,17 +18,32 @@ class ListenConfig:
 
     host: str = "127.0.0.1"
     port: int = 50051  # 0 picks a free one
-    insecure: bool = False  # needed to listen beyond this machine: the connection is not encrypted
+    insecure: bool = False  # listen beyond this machine without TLS: audio and tokens can be read on the way
     drain_s: float = 10.0  # after SIGTERM: how long running streams may take to finish
 
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, f"listen.port={self.port} must be in 0..65535")
         require(self.drain_s >= 0, f"listen.drain_s={self.drain_s} must not be negative")
-        require(
-            self.insecure or is_loopback(self.host),
-            f"listen.host={self.host!r} can be reached from other machines and the connection is not encrypted: "
-            "use 127.0.0.1, or allow it with --insecure (listen.insecure = true)",
-        )
+
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """Certificates, PEM files. They are read again when they change."""
+
+    certificate: str = ""  # of this server, the chain up to its root; empty: no TLS
+    key: str = ""  # its private key
+    client_ca: str = ""  # mutual TLS: only clients with a certificate from one of these get in
+
+    def __post_init__(self) -> None:
+        require(bool(self.certificate) == bool(self.key), "tls.certificate and tls.key belong together: give both")
+        require(not self.client_ca or bool(self.certificate), "tls.client_ca needs tls.certificate and tls.key")
+
+
+@dataclass(frozen=True)
+class AuthConfig:
+    """Who may use the service."""
+
+    tokens: str = ""  # file with a token a line, read again when it changes or on SIGHUP; empty: anybody
 
 
 @dataclass(frozen=True)
@@ -36,11 +52,16 @@ class ModelSection:
 
     path: str = ""  # empty: the bundled model
     device: str = "auto"  # auto, cpu or cuda
-    threads: int = 1  # of the engine, on a CPU
+    threads: int = 1  # of each engine, on a CPU
+    workers: int = 1  # engines, each with a thread and caches of its own; as many as there are cores to use
+    precision: str = "auto"  # bf16 (weights, activations, caches) where the processor computes in it, else fp32
 
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), f"model.device={self.device!r} must be auto, cpu or cuda")
         require(self.threads >= 1, f"model.threads={self.threads} must be at least 1")
+        require(self.workers >= 1, f"model.workers={self.workers} must be at least 1")
+        known = self.precision in ("auto", "fp32", "bf16")
+        require(known, f"model.precision={self.precision!r} must be auto, fp32 or bf16")
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,9 @@ class LimitsConfig:
     """What one client, and all of them together, may take."""
 
     streams: int = 64  # slots: streams at the same time
+    streams_per_client: int = 0  # of them, most of one token or, without tokens, of one address; 0: no limit
+    stream_s: float = 0.0  # audio in one stream; beyond it OUT_OF_RANGE; 0: no limit
+    memory_mb: int = 0  # resident memory above which no stream is let in; 0: no limit
     message_bytes: int = 1 << 20  # audio in one message
     backlog_s: float = 10.0  # audio of one stream waiting for the engine; beyond it the stream is not read on
     unread_chunks: int = 128  # results a slow reader may leave unread before its audio is not read on
@@ -55,6 +79,9 @@ class LimitsConfig:
 
     def __post_init__(self) -> None:
         require(self.streams >= 1, f"limits.streams={self.streams} must be at least 1")
+        require(self.streams_per_client >= 0, f"limits.streams_per_client={self.streams_per_client} must be 0 or more")
+        require(self.stream_s >= 0, f"limits.stream_s={self.stream_s} must be 0 or more")
+        require(self.memory_mb >= 0, f"limits.memory_mb={self.memory_mb} must be 0 or more")
         require(self.message_bytes >= 1024, f"limits.message_bytes={self.message_bytes} must be at least 1024")
         require(
             self.backlog_s >= 3, f"limits.backlog_s={self.backlog_s} must be at least 3 (two of the longest chunks)"
@@ -99,24 +126,67 @@ class LoadConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """Prometheus figures over plain HTTP, at /metrics."""
+
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: off
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port <= 65535, f"metrics.port={self.port} must be in 0..65535")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written to standard error."""
+
+    format: str = "text"  # or json: an object a line, with the stream's id
+    level: str = "info"  # debug, info, warning or error; info has two lines per stream
+    transcripts: bool = False  # write final texts, too; audio is never written
+
+    def __post_init__(self) -> None:
+        require(self.format in ("text", "json"), f"log.format={self.format!r} must be text or json")
+        known = self.level in ("debug", "info", "warning", "error")
+        require(known, f"log.level={self.level!r} must be debug, info, warning or error")
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """All of it; the sections are the tables of the TOML file."""
 
     NESTED = {  # noqa: RUF012  (read by from_mapping)
         "listen": ListenConfig,
+        "tls": TlsConfig,
+        "auth": AuthConfig,
         "model": ModelSection,
         "limits": LimitsConfig,
         "stream": StreamDefaults,
         "load": LoadConfig,
         "language_model": LanguageModelConfig,
+        "batching": Batching,
+        "metrics": MetricsConfig,
+        "log": LogConfig,
     }
 
     listen: ListenConfig = field(default_factory=ListenConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    auth: AuthConfig = field(default_factory=AuthConfig)
     model: ModelSection = field(default_factory=ModelSection)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     stream: StreamDefaults = field(default_factory=StreamDefaults)
     load: LoadConfig = field(default_factory=LoadConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    batching: Batching = field(default_factory=Batching)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.listen.insecure or bool(self.tls.certificate) or is_loopback(self.listen.host),
+            f"listen.host={self.listen.host!r} can be reached from other machines and the connection is not encrypted: "
+            "use 127.0.0.1, give a certificate ([tls] or --tls-cert and --tls-key), or allow it with --insecure "
+            "(listen.insecure = true)",
+        )
 
 
 def load_config(path: str | Path | None, overrides: dict[str, dict[str, object]] | None = None) -> ServeConfig:

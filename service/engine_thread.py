@@ -1,7 +1,8 @@
 """The one thread that owns the engine. The event loop hands it commands and gets events back; neither ever blocks.
 
-Each round carries out every command that has arrived, runs one engine step (at most one chunk per stream, so that a
-fast sender does not hold up the others), and posts all events to the event loop in one call.
+Each round carries out every command that has arrived, runs one engine step over the streams that the scheduler picks
+(at most one chunk per stream, so that a fast sender does not hold up the others), and posts all events to the event
+loop in one call.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, cast
 
 import grpc
 
+from asr_exit.scheduler import Batching, Scheduler
 from service.errors import StreamError
 from service.feed import Audio, Close, Command, Feed, Finish, Open, SetBudget
 
@@ -22,9 +25,11 @@ if TYPE_CHECKING:
     from asr_exit.engine import Engine
     from asr_exit.stream import Stream
     from service.load import LoadMonitor
+    from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 Event = Callable[[], None]
+_PUT_BY_S = 0.1  # how long audio that completes no chunk may lie around undecoded
 
 
 class EngineThread:
@@ -36,6 +41,8 @@ class EngineThread:
         post: Callable[[list[Event]], None],
         *,
         load: LoadMonitor | None = None,
+        batching: Batching | None = None,
+        metrics: Metrics | None = None,
         prepare: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -43,10 +50,13 @@ class EngineThread:
         self._engine = engine
         self._post = post
         self._load = load
+        self._metrics = metrics
+        self._scheduler: Scheduler[Stream] = Scheduler(batching, clock)
         self._prepare = prepare
         self.clock = clock
         self._wake = threading.Condition()
         self._waiting: list[Feed] = []  # feeds with commands, in order of arrival; guarded by _wake
+        self._urgent = False  # whether one of these commands should not wait; guarded by _wake
         self._stopping = False  # guarded by _wake
         self._feeds: dict[Stream, Feed] = {}
         self._events: list[Event] = []
@@ -64,35 +74,47 @@ class EngineThread:
             self._wake.notify()
         self._thread.join()
 
-    def submit(self, feed: Feed, command: Command) -> None:
-        """Queues a command; callable from any thread. After `stop` it does nothing."""
+    def submit(self, feed: Feed, command: Command, *, wake: bool = True) -> None:
+        """Queues a command; callable from any thread. After `stop` it does nothing.
+
+        Without `wake` it may wait for 0.1 s, until there is more to do: for audio that completes no chunk.
+        """
         with self._wake:
             if self._stopping:
                 return
             if not feed.commands:
                 self._waiting.append(feed)
             feed.commands.append(command)
-            self._wake.notify()
+            if wake:
+                self._urgent = True
+                self._wake.notify()
 
     def _run(self) -> None:
         if self._prepare:
             self._prepare()
         while True:
             with self._wake:
-                while not (self._waiting or self._stopping or self._engine.ready() or self._may_catch_up):
-                    self._wake.wait()
+                while not (self._urgent or self._stopping or self._may_catch_up):
+                    wait_s = self._scheduler.wait_s(len(self._feeds))
+                    if wait_s == 0.0:
+                        break
+                    if self._feeds:
+                        wait_s = _PUT_BY_S if wait_s is None else min(wait_s, _PUT_BY_S)
+                    if not self._wake.wait(wait_s) and self._waiting:
+                        break
                 if self._stopping:
                     break
+                self._urgent = False
                 batch = [(feed, feed.commands) for feed in self._waiting]
                 for feed in self._waiting:
                     feed.commands = []
                 self._waiting = []
             for feed, commands in batch:
                 self._carry_out(feed, commands)
-            if self._engine.ready():
-                self._step()
+            if self._scheduler.wait_s(len(self._feeds)) == 0.0:
+                self._step(self._scheduler.take())
                 self._may_catch_up = True
-            else:
+            elif self._may_catch_up:
                 self._may_catch_up = self._catch_up()
             self._flush()
         error = StreamError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: connect again later")
@@ -103,14 +125,25 @@ class EngineThread:
         self._flush()
 
     def _carry_out(self, feed: Feed, commands: list[Command]) -> None:
-        for command in commands:
+        for kind, group in groupby(commands, type):
             if feed.closed:
                 break
             try:
-                self._apply(feed, command)
+                if kind is Audio:
+                    self._push(feed, cast("list[Audio]", list(group)))
+                else:
+                    for command in group:
+                        self._apply(feed, command)
             except Exception as error:
                 self._fail(feed, error)
+        self._offer(feed)
         self._events.append(partial(feed.listener.on_consumed, len(commands)))
+
+    def _offer(self, feed: Feed) -> None:
+        """Hand the stream to the scheduler if it has a whole chunk."""
+        stream = feed.stream
+        if stream is not None and not feed.closed and self._engine.is_ready(stream):
+            self._scheduler.offer(stream, feed.pace.next_due(feed.options.chunk_ms / 1000))
 
     def _apply(self, feed: Feed, command: Command) -> None:
         if isinstance(command, Close):
@@ -125,39 +158,54 @@ class EngineThread:
             return
         stream = feed.stream
         assert stream is not None, "commands other than Open are submitted only after on_opened"
-        if isinstance(command, Audio):
-            self._engine.push(stream, feed.input.push(command.data))
-            feed.pace.arrived(len(command.data) / feed.input.bytes_per_second, command.arrived_at)
-        elif isinstance(command, Finish):
+        if isinstance(command, Finish):
             self._engine.push(stream, feed.input.finish())
             self._engine.finish(stream)
         elif isinstance(command, SetBudget):
             self._engine.set_budget(stream, command.budget)
 
-    def _step(self) -> None:
-        try:
-            output = self._engine.step()
-        except Exception:
-            log.exception("engine step failed: ending its %d streams", len(self._feeds))
-            error = StreamError(grpc.StatusCode.INTERNAL, "recognition failed; open a new stream")
-            for feed in list(self._feeds.values()):
-                self._fail(feed, error)
+    def _push(self, feed: Feed, parts: list[Audio]) -> None:
+        """Decode what has arrived in one go."""
+        if feed.abandoned:
             return
-        now = self.clock()
+        assert feed.stream is not None, "audio is submitted only after on_opened"
+        data = parts[0].data if len(parts) == 1 else b"".join(part.data for part in parts)
+        self._engine.push(feed.stream, feed.input.push(data))
+        for part in parts:
+            feed.pace.arrived(len(part.data) / feed.input.bytes_per_second, part.arrived_at)
+
+    def _step(self, streams: list[Stream]) -> None:
+        cpu_s = time.thread_time()
+        try:
+            output = self._engine.step(streams)
+        except Exception:
+            log.exception("engine step failed: ending its %d streams", len(streams))
+            error = StreamError(grpc.StatusCode.INTERNAL, "recognition failed; open a new stream")
+            for stream in streams:
+                self._fail(self._feeds[stream], error)
+            return
+        now, cpu_s = self.clock(), time.thread_time() - cpu_s
         worst_late_s = 0.0
         for result in output.results:
             feed = self._feeds[result.stream]
             latency_s, late_s = feed.pace.chunk_done(result.end_ms / 1000, now)
             worst_late_s = max(worst_late_s, late_s)
             self._events.append(partial(feed.listener.on_result, result, 1000 * latency_s))
+            if self._metrics:
+                self._metrics.chunk(result, latency_s)
             if result.end_of_stream:
                 self._release(feed)
+            else:
+                self._offer(feed)
         for stream, failure in output.failures:
-            log.error("stream failed inside the engine", exc_info=failure)
-            self._fail(self._feeds[stream], failure)
+            feed = self._feeds[stream]
+            log.error("stream failed inside the engine", exc_info=failure, extra={"stream": feed.stream_id})
+            self._fail(feed, failure)
+        if self._metrics:
+            self._metrics.step(output, worst_late_s, cpu_s)
         if self._load:
             ceiling = self._load.after_step(
-                output, 1000 * worst_late_s, ready_streams=self._engine.ready(), free_slots=self._engine.free_slots
+                output, 1000 * worst_late_s, ready_streams=len(self._scheduler), free_slots=self._engine.free_slots
             )
             self._engine.set_load_ceiling(ceiling)
 
@@ -181,6 +229,7 @@ class EngineThread:
         feed.closed = True
         if feed.stream is not None:
             self._feeds.pop(feed.stream, None)
+            self._scheduler.withdraw(feed.stream)
             try:
                 self._engine.close(feed.stream)
             except Exception:

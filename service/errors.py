@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import grpc
 
 from asr_exit.errors import AudioError, CapacityError, ConfigError, StreamStateError
 
 
 class StreamError(Exception):
-    """Ends one stream with a gRPC status; other streams are not affected."""
+    """Ends one stream with a gRPC status; other streams are not affected.
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+    `retry_after_ms` tells the client when to try again: as `grpc-retry-pushback-ms`, which gRPC's own retries obey, and
+    as `retry-after-ms` for everybody else.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str, retry_after_ms: int | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.retry_after_ms = retry_after_ms
+
+    @property
+    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with the status."""
+        if self.retry_after_ms is None:
+            return ()
+        value = str(self.retry_after_ms)
+        return (("retry-after-ms", value), ("grpc-retry-pushback-ms", value))
+
+
+async def abort(context: grpc.aio.ServicerContext, error: StreamError) -> NoReturn:
+    """Ends a call with the error's status, message and retry hint."""
+    metadata = (*context.trailing_metadata(), *error.trailing_metadata)
+    await context.abort(error.code, error.message, trailing_metadata=metadata)
+    raise AssertionError("abort raises")
 
 
 def invalid(message: str) -> StreamError:

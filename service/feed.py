@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from service.audio_input import AudioInput
+from service.logs import stream_id
 
 if TYPE_CHECKING:
     from asr_exit.audio import Encoding
@@ -69,6 +70,7 @@ class Feed:
     def __init__(self, options: StreamOptions, encoding: Encoding, rate_hz: int, listener: Listener) -> None:
         """Raises AudioError for a rate outside 8000..48000 Hz."""
         self.options = options
+        self.stream_id = stream_id.get()  # for log lines
         self.input = AudioInput(encoding, rate_hz)
         self.listener = listener
         self.commands: list[Command] = []
@@ -95,6 +97,11 @@ class Pace:
         self._position += audio_s
         self._last_arrival = now
         self._arrivals.append((self._position, now))
+
+    def next_due(self, chunk_s: float) -> float:
+        """When the answer to the next chunk is due; `chunk_s` is its length. Oldest audio has the earliest."""
+        end_s = min(self._last_chunk_end + chunk_s, self._position)
+        return max(self._arrival_of(end_s), self._last_due + end_s - self._last_chunk_end)
 
     def chunk_done(self, end_s: float, now: float) -> tuple[float, float]:
         """Returns how long ago the last sample of the chunk ending at `end_s` arrived, and how late its result is.

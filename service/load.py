@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from asr_exit.stream import StepOutput
 
 _USAGE_EVERY_S = 1.0
+_OVERLOAD_LASTS_S = 1.0  # unless the next steps are late, too
 
 
 class LoadMonitor:
@@ -30,6 +31,7 @@ class LoadMonitor:
         self._ask_usage = usage or machine_usage
         self._usage_at = float("-inf")
         self._usage: tuple[float | None, float | None] = (None, None)
+        self._over_until = float("-inf")
 
     def after_step(self, output: StepOutput, late_ms: float, *, ready_streams: int, free_slots: int) -> int:
         """Returns the deepest exit index allowed from now on.
@@ -39,6 +41,8 @@ class LoadMonitor:
         """
         if output.results:
             cpu, gpu = self._use()
+            if self._controller.ceiling == 0 and late_ms > self._controller.target_latency_ms:
+                self._over_until = self._clock() + _OVERLOAD_LASTS_S
             self._controller.update(
                 LoadSignal(
                     queue_delay_ms=max(0.0, late_ms - output.step_ms),
@@ -51,6 +55,11 @@ class LoadMonitor:
                 )
             )
         return self._controller.ceiling
+
+    @property
+    def overloaded(self) -> bool:
+        """True when results were late in the last second although every chunk left at the first exit."""
+        return self._clock() < self._over_until
 
     def _use(self) -> tuple[float | None, float | None]:
         now = self._clock()

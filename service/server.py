@@ -16,13 +16,18 @@ from asr_exit.errors import ConfigError
 from asr_exit.load_control import LoadController
 from asr_exit.stream import StreamOptions
 from service import wire
-from service.device import pick_device
+from service.admission import Admission
+from service.auth import Clients, TokenFile, TokenInterceptor
+from service.device import pick_device, pick_precision
 from service.engine_thread import EngineThread, Event
 from service.language_model import ServedLanguageModel
 from service.load import LoadMonitor
+from service.metrics import Metrics
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
+from service.reception import Reception
 from service.servicer import SpeechServicer
+from service.tls import server_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,8 +54,11 @@ class SpeechServer:
         """
         self._model = model
         self._config = config
-        self.engine = engine or Engine(model, slots=config.limits.streams, device=pick_device(config.model.device))
+        self.engines = [engine] if engine else [_make_engine(model, config) for _ in range(config.model.workers)]
+        self._tokens = TokenFile(config.auth.tokens) if config.auth.tokens else None
+        self._credentials = server_credentials(config.tls) if config.tls.certificate else None
         defaults = pb.StreamingConfig(encoding=pb.StreamingConfig.LINEAR16, sample_rate_hertz=16_000)
+        self._stop_metrics: Callable[[], None] | None = None
         checked: StreamOptions = wire.parse_config(defaults, config.stream, model).options
         self._language_model = ServedLanguageModel(config.language_model)
         log.debug("stream defaults: %s", checked)
@@ -58,25 +66,38 @@ class SpeechServer:
     async def start(self) -> int:
         """Listens, and returns the port. Raises ConfigError when the address cannot be bound."""
         loop = asyncio.get_running_loop()
-        load = None
-        if self._config.load.shed_depth:
-            costs = [self.engine.macs.to_exit(index, 1) for index in range(self._model.config.num_exits)]
-            controller = LoadController(len(costs), self._config.load.target_latency_ms, costs=costs)
-            load = LoadMonitor(controller)
-        self._engine_thread = EngineThread(self.engine, poster(loop), load=load, prepare=self._limit_threads)
+        self.metrics = Metrics(self._model.config.exit_layers, self._config.limits.streams)
+        monitors = [self._monitor() for _ in self.engines] if self._config.load.shed_depth else []
+        self._threads = [
+            EngineThread(
+                engine,
+                poster(loop),
+                load=monitors[index] if monitors else None,
+                batching=self._config.batching,
+                metrics=self.metrics,
+                prepare=self._limit_threads,
+            )
+            for index, engine in enumerate(self.engines)
+        ]
+        admission = Admission(
+            self._threads,
+            self._config.limits,
+            overloaded=lambda: bool(monitors) and all(monitor.overloaded for monitor in monitors),
+            on_refused=self.metrics.refused,
+        )
+        self.reception = Reception(admission, Clients(self._tokens), self.metrics, self._config)
         choices = [ms for ms in _CHUNK_CHOICES_MS if _fits(self._model, ms)]
         description = wire.describe(self._model, self._config.stream, choices)
-        self.servicer = SpeechServicer(
-            self._model, self._engine_thread, self._config, description, self._language_model
-        )
+        self.servicer = SpeechServicer(self._model, self.reception, self._config, description, self._language_model)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
+            interceptors=[TokenInterceptor(self._tokens, self.metrics.refused)] if self._tokens else None,
             options=[
                 ("grpc.max_receive_message_length", _TRANSPORT_LIMIT_BYTES),
                 ("grpc.keepalive_time_ms", 20_000),  # a client that vanished without a word is noticed
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.so_reuseport", 0),  # a port that is taken is an error
-            ]
+            ],
         )
         speech_pb2_grpc.add_SpeechServicer_to_server(self.servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -84,24 +105,43 @@ class SpeechServer:
         listen = self._config.listen
         host = f"[{listen.host}]" if ":" in listen.host else listen.host
         try:
-            port = self._server.add_insecure_port(f"{host}:{listen.port}")
+            address = f"{host}:{listen.port}"
+            if self._credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {host}:{listen.port}: is the port taken? ({error})") from None
-        self._engine_thread.start()
+            raise ConfigError(f"cannot listen on {address}: is the port taken? ({error})") from None
+        if self._config.metrics.port:
+            self._stop_metrics = self.metrics.serve(self._config.metrics)
+        for thread in self._threads:
+            thread.start()
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return port
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuses new streams, lets running ones finish for `drain_s`, ends the rest, joins the engine thread."""
-        self.servicer.drain()
+        self.reception.drain()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         deadline = asyncio.get_running_loop().time() + drain_s
-        while self.servicer.open_streams and asyncio.get_running_loop().time() < deadline:
+        while self.reception.open_streams and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
-        self.servicer.end_all()
+        self.reception.end_all()
         await self._server.stop(_CANCEL_GRACE_S)
-        await asyncio.to_thread(self._engine_thread.stop)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.stop)
+        if self._stop_metrics:
+            await asyncio.to_thread(self._stop_metrics)
+
+    def reload(self) -> None:
+        """Read the tokens again. Certificates are looked at before each handshake anyway."""
+        if self._tokens:
+            self._tokens.reload()
+
+    def _monitor(self) -> LoadMonitor:
+        costs = [self.engines[0].macs.to_exit(index, 1) for index in range(self._model.config.num_exits)]
+        return LoadMonitor(LoadController(len(costs), self._config.load.target_latency_ms, costs=costs))
 
     def _limit_threads(self) -> None:
         import torch
@@ -123,6 +163,8 @@ async def run(model: Model, config: ServeConfig, announce: Callable[[int], None]
 
     server = SpeechServer(model, config)
     announce(await server.start())
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, server.reload)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     await first.wait()
@@ -130,9 +172,15 @@ async def run(model: Model, config: ServeConfig, announce: Callable[[int], None]
     impatient = asyncio.create_task(second.wait())
     await asyncio.wait({stopping, impatient}, return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():
-        server.servicer.end_all()
+        server.reception.end_all()
     await stopping
     impatient.cancel()
+
+
+def _make_engine(model: Model, config: ServeConfig) -> Engine:
+    device = pick_device(config.model.device)
+    slots = -(-config.limits.streams // config.model.workers)
+    return Engine(model.in_precision(pick_precision(config.model.precision, device)), slots=slots, device=device)
 
 
 def _fits(model: Model, chunk_ms: int) -> bool:

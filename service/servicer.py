@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import grpc
 
 from service import wire
-from service.errors import StreamError, invalid, to_stream_error
+from service.errors import StreamError, abort, invalid, to_stream_error
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
-from service.session import Session
 
 if TYPE_CHECKING:
     from asr_exit.checkpoint import Model
     from service.config import ServeConfig
-    from service.engine_thread import EngineThread
     from service.language_model import ServedLanguageModel
+    from service.reception import Reception
+    from service.session import Session, StreamRequest
 
 log = logging.getLogger(__name__)
 
@@ -31,86 +31,54 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
     def __init__(
         self,
         model: Model,
-        engine: EngineThread,
+        reception: Reception,
         config: ServeConfig,
         description: pb.Model,
         language_model: ServedLanguageModel,
     ) -> None:
         self._model = model
-        self._engine = engine
+        self._reception = reception
         self._config = config
         self._description = description
         self._language_model = language_model
-        self._sessions: set[Session] = set()
-        self._draining = False
-
-    @property
-    def open_streams(self) -> int:
-        """Streams being served now."""
-        return len(self._sessions)
-
-    def drain(self) -> None:
-        """From now on new streams are refused with UNAVAILABLE; running ones go on."""
-        self._draining = True
-
-    def end_all(self) -> None:
-        """Ends the running streams with UNAVAILABLE."""
-        for session in list(self._sessions):
-            session.fail(_shutting_down())
 
     async def StreamingRecognize(
         self, request_iterator: AsyncIterator[pb.StreamingRecognizeRequest], context: grpc.aio.ServicerContext
     ):
         """See speech.proto."""
-        session: Session | None = None
         try:
-            session = await self._open(context)
-            reader = asyncio.create_task(self._read(context, session))
-            try:
-                await self._write(context, session)
-            finally:
-                reader.cancel()
-        except StreamError as error:
-            self._release(session)  # first: the status waits behind results that the client does not read
-            await context.abort(error.code, error.message)
-        finally:
-            self._release(session)
+            request = await self._first(context)
+            async with self._reception.stream(context, request) as session:
+                reader = asyncio.create_task(self._read(context, session))
+                try:
+                    await self._write(context, session)
+                finally:
+                    reader.cancel()
+        except StreamError as error:  # the session is closed: the status waits behind results the client does not read
+            await abort(context, error)
 
     async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
         """See speech.proto."""
         try:
             wire.check_model_name(request.name, self._model)
         except StreamError as error:
-            await context.abort(error.code, error.message)
+            await abort(context, error)
         return self._description
 
-    async def _open(self, context: grpc.aio.ServicerContext) -> Session:
+    async def _first(self, context: grpc.aio.ServicerContext) -> StreamRequest:
+        """The configuration in the first message. Raises StreamError."""
         request = await self._next(context)
         if request is None:
             raise invalid("the stream ended before its configuration: send streaming_config in the first message")
         kind = request.WhichOneof("streaming_request")
         if kind != "streaming_config":
             raise invalid(f"the first message carries {kind or 'nothing'}: it must carry streaming_config")
-        if self._draining:
-            raise _shutting_down()
         try:
             parsed = wire.parse_config(request.streaming_config, self._config.stream, self._model)
             options = self._language_model.apply(request.streaming_config, parsed.options)
-            session = Session(replace(parsed, options=options), self._engine, self._config.limits)
+            return replace(parsed, options=options)
         except Exception as error:
             raise _reported(error) from error
-        self._sessions.add(session)
-        try:
-            await session.open()
-        except BaseException:
-            self._release(session)
-            raise
-        return session
-
-    def _release(self, session: Session | None) -> None:
-        if session is not None:
-            session.close()
-            self._sessions.discard(session)
 
     async def _read(self, context: grpc.aio.ServicerContext, session: Session) -> None:
         """Client to engine; ends the session with an error instead of raising."""
@@ -173,7 +141,3 @@ def _reported(error: Exception) -> StreamError:
     if converted.code is grpc.StatusCode.INTERNAL:
         log.error("stream failed", exc_info=error)
     return converted
-
-
-def _shutting_down() -> StreamError:
-    return StreamError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: connect again later")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _SLICE_S = 0.5  # audio handed to the engine thread at once, so that a large message does not hold up other streams
 _MAX_QUEUED_COMMANDS = 64
+_WAKE_COMMANDS = 16
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,20 @@ class StreamRequest:
 class Session:
     """Belongs to the event loop. Open it, send audio, finish; receive until None. Always close it."""
 
-    def __init__(self, request: StreamRequest, engine: EngineThread, limits: LimitsConfig) -> None:
-        """Raises AudioError for a rate outside 8000..48000 Hz. Takes no slot yet."""
+    def __init__(
+        self,
+        request: StreamRequest,
+        engine: EngineThread,
+        limits: LimitsConfig,
+        on_final: Callable[[str], None] | None = None,
+        on_slot_free: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Raises AudioError for a rate outside 8000..48000 Hz. Takes no slot yet.
+
+        `on_final` gets every final text; `on_slot_free` is called when the slot is given back, perhaps more than once.
+        """
+        self._on_slot_free = on_slot_free
+        self._on_final = on_final
         self.request = request
         self._engine = engine
         self._limits = limits
@@ -53,6 +67,11 @@ class Session:
         self._processed_s = 0.0
         self._ended = False
         self._closed = False
+
+    @property
+    def processed_s(self) -> float:
+        """Audio recognised so far, seconds."""
+        return self._processed_s
 
     async def open(self) -> None:
         """Takes a slot. Raises StreamError when there is none or the options do not fit the model."""
@@ -73,7 +92,12 @@ class Session:
             await self._wait_for_room()
             part = data[start : start + slice_bytes]
             self._received_bytes += len(part)
-            self._submit(Audio(part, arrived_at))
+            if 0 < self._limits.stream_s < self._received_bytes / per_second:
+                raise StreamError(
+                    grpc.StatusCode.OUT_OF_RANGE,
+                    f"more than {self._limits.stream_s:g} s of audio: open a new stream for the rest",
+                )
+            self._submit(Audio(part, arrived_at), wake=self._is_worth_waking)
 
     def set_budget(self, budget: Budget) -> None:
         """Replaces the compute budget from the next chunk on."""
@@ -87,7 +111,10 @@ class Session:
 
     async def receive(self) -> Update | None:
         """Returns the next update, None after the last; raises StreamError when the stream failed."""
-        return await self._outbox.get()
+        update = await self._outbox.get()
+        if self._on_final is not None and update is not None and update.result.is_final and update.result.committed:
+            self._on_final(update.result.committed)
+        return update
 
     def fail(self, error: BaseException) -> None:
         """Ends the stream with an error, after the updates that are still unread. The slot is free at once."""
@@ -101,6 +128,7 @@ class Session:
             self._closed = True
             self._feed.abandoned = True
             self._submit(Close())
+            self._on_slot_free()
             self._look_again()
 
     def on_opened(self) -> None:
@@ -120,6 +148,7 @@ class Session:
         if result.end_of_stream:
             self._ended = True
             self._outbox.close()
+            self._on_slot_free()
         self._look_again()
 
     def on_failed(self, error: BaseException) -> None:
@@ -128,9 +157,15 @@ class Session:
             self._opened.set_exception(to_stream_error(error))
         self.fail(error)
 
-    def _submit(self, command: Open | Audio | SetBudget | Finish | Close) -> None:
+    def _submit(self, command: Open | Audio | SetBudget | Finish | Close, wake: bool = True) -> None:
         self._queued_commands += 1
-        self._engine.submit(self._feed, command)
+        self._engine.submit(self._feed, command, wake=wake)
+
+    @property
+    def _is_worth_waking(self) -> bool:
+        """Whether the engine thread could do more with what has arrived than put it by."""
+        chunk_s = self.request.options.chunk_ms / 1000
+        return self._unprocessed_s >= chunk_s or self._queued_commands >= _WAKE_COMMANDS
 
     def _look_again(self) -> None:
         self._room.set()
@@ -143,10 +178,13 @@ class Session:
             raise StreamError(grpc.StatusCode.CANCELLED, "the stream has ended")
 
     @property
+    def _unprocessed_s(self) -> float:
+        return self._received_bytes / self._feed.input.bytes_per_second - self._processed_s
+
+    @property
     def _full(self) -> bool:
-        received_s = self._received_bytes / self._feed.input.bytes_per_second
         return (
-            received_s - self._processed_s >= self._limits.backlog_s
+            self._unprocessed_s >= self._limits.backlog_s
             or self._queued_commands >= _MAX_QUEUED_COMMANDS
             or self._outbox.crowded
         )

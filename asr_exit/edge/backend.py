@@ -18,6 +18,7 @@ from asr_exit.edge.manifest import Manifest
 from asr_exit.edge.sessions import GraphSessions
 from asr_exit.errors import EngineError
 from asr_exit.evidence import NUM_COLUMNS, ExitScores, unpack
+from asr_exit.features import log_mels, windows_to_log_mel
 
 MASKED = np.float32(-30_000.0)  # as in asr_exit.attention: exact zero after softmax
 EMPTY = -1
@@ -133,6 +134,9 @@ class EdgeBackend:
     def release(self, slot: int) -> None:
         del self._states[slot]
         self._free.append(slot)
+
+    def log_mel(self, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return log_mels(samples, lambda batch: windows_to_log_mel(batch, self.config.features))
 
     def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: int) -> list[np.ndarray]:
         """Only normalises and pads; the subsampling itself is part of the first segment's graph."""

@@ -35,6 +35,9 @@ class Probe:
     def seconds_per_mac(self) -> float | None:
         return self._inner.seconds_per_mac()
 
+    def log_mel(self, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return self._inner.log_mel(samples)
+
     def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: int) -> list[State]:
         return list(self._timed(self._inner.subsample, slots, features, frames))
 

@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from asr_exit.checkpoint import Model
+from asr_exit.checkpoint import DTYPES, Model
 from asr_exit.engine import Engine
-from asr_exit.features import StreamingLogMel
 from asr_exit.policy import Fixed
 from asr_exit.stream import Stream, StreamOptions
 from service.bench.streams import looped
@@ -56,6 +55,7 @@ class SpeedRow:
     macs_ratio: float  # multiply-accumulates over those of full depth
     outside_share: float  # of the step: features, evidence, captions, Python
     features_share: float  # of the step: log-mel features
+    encoder_gmacs_per_second: float  # billions of multiply-accumulates a second inside the encoder
 
     @property
     def encoder_deviation(self) -> float:
@@ -123,7 +123,7 @@ def _measure_batch(
     layers = config.exit_layers
     lanes = [_open_lane(model, batch, chunk_ms, layer, device) for layer in layers]
     chunk_samples = config.chunk_frames(chunk_ms) * config.samples_per_frame
-    features = [StreamingLogMel(config.features) for _ in range(batch)]
+    overlap = config.features.window_samples - config.features.hop_samples
     features_seconds = []
     for turn in range(-WARM_UP_TURNS, turns):
         for place in range(len(lanes)):
@@ -140,20 +140,29 @@ def _measure_batch(
             if turn >= 0:
                 lane.seconds.append(spent)
                 lane.encoder_seconds.append(encoder_seconds[0])
+        padded = [np.pad(part, (overlap, 0)) for part in parts]
         begin = clock()
-        for stage, part in zip(features, parts, strict=True):
-            stage.push(part)
-            stage.pull()
+        lane.engine.backend.log_mel(padded)
         features_seconds.append(clock() - begin)
         on_turn()
     frames = config.chunk_frames(chunk_ms)
     full_macs, full = model.macs.full(frames), lanes[-1]
     return [
-        _row(
-            lane, full, batch, layer, chunk_ms, model.macs.to_exit(index, frames) / full_macs, median(features_seconds)
-        )
+        _row(lane, full, batch, layer, chunk_ms, model.macs.to_exit(index, frames), full_macs, median(features_seconds))
         for index, (layer, lane) in enumerate(zip(layers, lanes, strict=True))
     ]
+
+
+@torch.inference_mode()
+def matrix_rate(precision: str, device: str = "cpu", clock: str = "wall", size: int = 1024) -> float:
+    """Billions of multiply-accumulates a second in a large matrix product: what the encoder is measured against."""
+    left = torch.randn(size, size).to(device, DTYPES[precision])
+    seconds = []
+    for _ in range(12):
+        begin = CLOCKS[clock]()
+        (left @ left)[0, 0].item()
+        seconds.append(CLOCKS[clock]() - begin)
+    return size**3 / min(seconds[2:]) / 1e9
 
 
 def _open_lane(model: Model, batch: int, chunk_ms: float, layer: int, device: str) -> _Lane:
@@ -171,7 +180,14 @@ def _parts(samples: np.ndarray, lane: _Lane, length: int) -> list[np.ndarray]:
 
 
 def _row(
-    lane: _Lane, full: _Lane, batch: int, layer: int, chunk_ms: float, macs_ratio: float, features_seconds: float
+    lane: _Lane,
+    full: _Lane,
+    batch: int,
+    layer: int,
+    chunk_ms: float,
+    macs: int,
+    full_macs: int,
+    features_seconds: float,
 ) -> SpeedRow:
     step = median(lane.seconds)
     outside = [1 - inside / whole for inside, whole in zip(lane.encoder_seconds, lane.seconds, strict=True)]
@@ -183,9 +199,10 @@ def _row(
         streams_per_core=batch * chunk_ms / (1000 * step),
         step_ratio=_paired(lane.seconds, full.seconds),
         encoder_ratio=_paired(lane.encoder_seconds, full.encoder_seconds),
-        macs_ratio=macs_ratio,
+        macs_ratio=macs / full_macs,
         outside_share=median(outside),
         features_share=features_seconds / step,
+        encoder_gmacs_per_second=batch * macs / median(lane.encoder_seconds) / 1e9,
     )
 
 

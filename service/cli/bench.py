@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from asr_exit.backend import StreamingModel
 
-HELP = "measure speed, parity, depth switches, memory, exit criteria, fills, decisions, or an exported model"
+HELP = "measure speed, parity, depth switches, memory, exit criteria, fills, decisions, an exported model, or a server"
 DEVIATION_BAR = 0.15
 DEVIATION_BATCH = 16  # the bar holds from this batch size on
 
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand for each measurement."""
     from service.cli.bench_depth import add_depth_arguments
     from service.cli.bench_edge import add_edge, run_edge
+    from service.cli.bench_service import add_kinds
     from service.cli.options import add_model_options
     from service.cli.recordings import add_recordings_options
 
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="wall",
         help="cpu = time this thread ran, for a machine that does other things, too (default: wall)",
     )
+    engine.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="fp32", help="default: fp32")
     parity = kinds.add_parser("parity", help="streaming against an offline pass with the same mask")
     switches = kinds.add_parser("switches", help="text after changes of depth, with and without revision")
     for kind in (parity, switches):
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--audio", metavar="FILE", help="repeated under faint noise (default: the bundled sample)")
     memory.add_argument("--edge-model", metavar="DIR", help="an exported model, without torch's weights")
     memory.add_argument("--policy", default="full", metavar="P", help="as in transcribe, or random (default: full)")
+    add_kinds(kinds)
     edge = add_edge(kinds)
     runs = {edge: run_edge, engine: _engine, parity: _parity, switches: _switches, memory: _memory}
     for kind, run_kind in runs.items():
@@ -64,9 +67,10 @@ def _engine(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from asr_exit.config import require
-    from service.bench.speed import WARM_UP_TURNS, measure_speed, turns_of
+    from service.bench.speed import WARM_UP_TURNS, matrix_rate, measure_speed, turns_of
     from service.bench.streams import sample_audio
     from service.cli.options import load_model
+    from service.device import pick_precision
 
     batches = [int(part) if part.strip().isdecimal() else 0 for part in arguments.batches.split(",")]
     require(min(batches) >= 1, f"--batches {arguments.batches!r} must be numbers from 1, joined by commas")
@@ -74,6 +78,8 @@ def _engine(arguments: argparse.Namespace) -> int:
     require(arguments.clock == "wall" or arguments.threads == 1, "--clock cpu sees one thread only: use --threads 1")
     model, device = load_model(arguments)
     require(arguments.clock == "wall" or device == "cpu", "--clock cpu does not see a GPU: use --clock wall")
+    precision = pick_precision(arguments.precision, device)
+    model = model.in_precision(precision)
     turns = len(batches) * (WARM_UP_TURNS + turns_of(arguments.seconds, arguments.chunk_ms))
     with progress_bar("timing", turns) as advance:
         rows = measure_speed(
@@ -86,6 +92,7 @@ def _engine(arguments: argparse.Namespace) -> int:
             clock=arguments.clock,
             on_turn=advance,
         )
+    rate, peak = matrix_rate(precision, device, arguments.clock), rows[-1].encoder_gmacs_per_second
     judged = [row for row in rows if row.batch >= DEVIATION_BATCH]
     holds = all(abs(row.encoder_deviation) <= DEVIATION_BAR for row in judged)
     cells = [
@@ -117,6 +124,8 @@ def _engine(arguments: argparse.Namespace) -> int:
     )
     values = {
         "clock": arguments.clock,
+        "precision": precision,
+        "matrix_gmacs_per_second": rate,
         "deviation_bar": DEVIATION_BAR,
         "deviation_batch": DEVIATION_BATCH,
         "rows": [
@@ -127,10 +136,12 @@ def _engine(arguments: argparse.Namespace) -> int:
     notes = [
         "MACs and times are shares of full depth, with the deviation from the MACs in brackets; outside encoder and "
         "features are shares of the step",
+        f"{precision}; encoder at full depth, batch {rows[-1].batch}: {peak:.0f} billion MACs a second, "
+        f"{100 * peak / rate:.0f} % of a large matrix product's {rate:.0f}",
         f"bar: encoder time within {100 * DEVIATION_BAR:.0f} % of the MACs from batch {DEVIATION_BATCH} on: "
         f"{_verdict(holds, judged)}",
     ]
-    return _report(
+    return print_report(
         arguments, device, model.name, values, holds, f"one chunk of {arguments.chunk_ms} ms", columns, cells, notes
     )
 
@@ -176,7 +187,7 @@ def _parity(arguments: argparse.Namespace) -> int:
         for found in report.differences
     ]
     title = f"{report.recordings} recordings, {report.audio_seconds / 3600:.2f} h, {arguments.chunk_ms} ms"
-    return _report(
+    return print_report(
         arguments, device, model.name, values, report.holds, title, ("streaming against offline", ""), cells, notes
     )
 
@@ -260,7 +271,7 @@ def _switches(arguments: argparse.Namespace) -> int:
     ]
     title = f"without revision: {report.recordings} recordings, {report.audio_seconds / 3600:.2f} h, chunks of "
     title += f"{arguments.chunk_ms} ms"
-    return _report(arguments, device, model.name, values, report.holds, title, columns, cells, notes)
+    return print_report(arguments, device, model.name, values, report.holds, title, columns, cells, notes)
 
 
 def _memory(arguments: argparse.Namespace) -> int:
@@ -311,7 +322,7 @@ def _memory(arguments: argparse.Namespace) -> int:
         ("real-time factor", f"{report.real_time_factor:.4f}"),
     ]
     title = f"{report.hours:g} h in one stream, {report.steps} steps, {arguments.policy}"
-    return _report(arguments, device, model.name, values, report.holds, title, ("", ""), cells, [])
+    return print_report(arguments, device, model.name, values, report.holds, title, ("", ""), cells, [])
 
 
 def _verdict(holds: bool, judged: Sequence[object]) -> str:
@@ -332,7 +343,7 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _report(
+def print_report(
     arguments: argparse.Namespace,
     device: str,
     model: str,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from asr_exit.edge import EdgeRecognizer
     from asr_exit.fusion import LanguageModel
     from asr_exit.stream import StreamOptions
+    from service.client import Access
 
     class DecoderOptions(TypedDict):
         """How posteriors become text."""
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
         decoder: Literal["greedy", "beam"]
         beam_size: int
         language_model: LanguageModel | None
+
+
+TOKEN_VARIABLE = "ASR_EXIT_TOKEN"
 
 
 def add_recognition_options(parser: argparse.ArgumentParser, *, chunk_ms: int | None) -> None:
@@ -40,6 +44,26 @@ def add_recognition_options(parser: argparse.ArgumentParser, *, chunk_ms: int | 
     parser.add_argument(
         "--fill", default="", metavar="F", help="what skipped layers get: propagate (default), catch_up or hole"
     )
+
+
+def add_access_options(parser: argparse.ArgumentParser) -> None:
+    """--server and what it asks for: --tls, --tls-ca, --tls-cert, --tls-key, --token."""
+    parser.add_argument("--server", default="127.0.0.1:50051", metavar="HOST:PORT", help="default: 127.0.0.1:50051")
+    parser.add_argument("--tls", action="store_true", help="encrypt, trusting the usual authorities")
+    parser.add_argument("--tls-ca", default="", metavar="PEM", help="encrypt, trusting these authorities")
+    parser.add_argument("--tls-cert", default="", metavar="PEM", help="own certificate, for mutual TLS")
+    parser.add_argument("--tls-key", default="", metavar="PEM", help="its private key")
+    parser.add_argument("--token", metavar="TOKEN", help=f"default: the environment variable {TOKEN_VARIABLE}")
+
+
+def access(arguments: argparse.Namespace) -> Access:
+    """What `add_access_options` was told."""
+    import os
+
+    from service.client import Access
+
+    token = arguments.token or os.environ.get(TOKEN_VARIABLE, "")
+    return Access(arguments.tls, arguments.tls_ca, arguments.tls_cert, arguments.tls_key, token)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,12 @@ HELP = "stream a file, standard input or the microphone to a server, or to a mod
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One source of audio, where to send it, and what to ask for."""
-    from service.cli.options import add_decoder_options, add_recognition_options, add_runtime_options
+    from service.cli.options import (
+        add_access_options,
+        add_decoder_options,
+        add_recognition_options,
+        add_runtime_options,
+    )
 
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -31,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=int, default=16_000, metavar="HZ", help="of stdin or microphone (default: 16000)"
     )
-    parser.add_argument("--server", default="127.0.0.1:50051", metavar="HOST:PORT", help="default: 127.0.0.1:50051")
+    add_access_options(parser)
     add_runtime_options(parser, "server")
     add_recognition_options(parser, chunk_ms=None)
     add_decoder_options(parser)
@@ -77,6 +82,7 @@ def _on_server(arguments: argparse.Namespace) -> Iterator[tuple[Listen, Sequence
     """What listens, the layers of its exits, and full-depth MACs per second of audio."""
     from asr_exit.budget import Budget
     from asr_exit.config import require
+    from service.cli.options import access
     from service.client import SpeechClient, StreamSettings
 
     own = ("decoder", "beam_size", "lm", "lm_word_bonus", "lm_unknown_penalty")
@@ -98,7 +104,7 @@ def _on_server(arguments: argparse.Namespace) -> Iterator[tuple[Listen, Sequence
         )
         return client.stream(parts, settings)
 
-    with SpeechClient(arguments.server) as client:
+    with SpeechClient(arguments.server, access(arguments)) as client:
         exits = client.model().exits
         yield listen, [item.layer for item in exits], exits[-1].encoder_macs_per_second
 

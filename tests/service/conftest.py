@@ -40,7 +40,12 @@ def client(server: BackgroundServer) -> Iterator[SpeechClient]:
 
 def serve_config(**tables: dict[str, object]) -> ServeConfig:
     """Defaults on a free loopback port, with the given keys changed."""
-    tables = {"listen": {"port": 0}, "load": {"shed_depth": False}} | tables
+    fixed: dict[str, dict[str, object]] = {
+        "listen": {"port": 0},
+        "load": {"shed_depth": False},
+        "model": {"precision": "fp32"},  # what the library is compared in
+    }
+    tables = fixed | tables
     return from_mapping(ServeConfig, tables)
 
 

@@ -76,17 +76,17 @@ class FakeEngine:
         self.load_ceiling = exit_index
 
     def ready(self) -> int:
-        return 0 if self.paused else sum(map(self._is_ready, self.streams))
+        return sum(map(self.is_ready, self.streams))
 
     def catch_up(self) -> bool:
         return False
 
-    def step(self) -> StepOutput:
+    def step(self, streams: list[FakeStream] | None = None) -> StepOutput:
         if self.raise_in_step:
             error, self.raise_in_step = self.raise_in_step, None
             raise error
         results, failures = [], []
-        for stream in [stream for stream in self.streams if self._is_ready(stream)]:
+        for stream in [stream for stream in streams or list(self.streams) if self.is_ready(stream)]:
             failure = self.fail_at.get((stream.number, stream.done))
             if failure:
                 self.close(stream)
@@ -98,8 +98,8 @@ class FakeEngine:
     def _chunk_samples(self, stream: FakeStream) -> int:
         return int(16 * stream.options.chunk_ms)
 
-    def _is_ready(self, stream: FakeStream) -> bool:
-        return not stream.ended and (
+    def is_ready(self, stream: FakeStream) -> bool:
+        return not (stream.ended or self.paused) and (
             stream.finished or stream.samples >= (stream.done + 1) * self._chunk_samples(stream)
         )
 

@@ -200,7 +200,7 @@ def test_client_gone(server: BackgroundServer, leave: str) -> None:
     else:
         call = speech_pb2_grpc.SpeechStub(channel).StreamingRecognize(held())
         next(call)
-        assert server.server.servicer.open_streams == 1
+        assert server.server.reception.open_streams == 1
         call.cancel() if leave == "cancel" else channel.close()
     assert all_slots_free(server, within_s=1.0)
     release.set()
@@ -245,10 +245,10 @@ def test_client_that_neither_reads_nor_leaves(model: Model) -> None:
 
 def all_slots_free(server: BackgroundServer, within_s: float = 1.0) -> bool:
     """Waits until no stream is open and every slot is back."""
-    engine = server.server.engine
+    (engine,) = server.server.engines
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        if engine.free_slots == engine.slots and server.server.servicer.open_streams == 0:
+        if engine.free_slots == engine.slots and server.server.reception.open_streams == 0:
             return True
         time.sleep(0.005)
     return False

