@@ -33,8 +33,11 @@ def run_edge(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from asr_exit.audio import load_audio
+    from asr_exit.budget import Budget
     from asr_exit.config import require
     from asr_exit.edge import EdgeModel
+    from asr_exit.engine import Engine
+    from asr_exit.stream import Fill, StreamOptions
     from asr_exit.tokenizer import normalise
     from service.bench import edge as bench
     from service.bench.speed import WARM_UP_TURNS, turns_of
@@ -48,6 +51,8 @@ def run_edge(arguments: argparse.Namespace) -> int:
     recordings = list_recordings(arguments) if arguments.manifest or arguments.librispeech else []
     folder, chunk_ms = Path(arguments.edge_model), arguments.chunk_ms
     device_model = EdgeModel(folder)
+    granted = StreamOptions(chunk_ms=chunk_ms, budget=Budget(mean_depth=arguments.mean_depth), fill=Fill.PROPAGATE)
+    Engine(device_model, slots=1).open(granted)  # an impossible budget is refused here, not after the timing
     model, _ = load_model(arguments)
     samples, turns = sample_audio(), turns_of(arguments.seconds, chunk_ms)
     with progress_bar("timing", turns + WARM_UP_TURNS) as advance:

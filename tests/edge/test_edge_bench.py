@@ -44,7 +44,9 @@ def test_every_figure_is_there(fp32: Path, source_path: Path, tmp_path: Path, ca
 
 def test_tables_in_markdown(fp32: Path, source_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = ["bench", "edge", "--edge-model", str(fp32), "--model", str(source_path), "--seconds", "0.1"]
-    assert main([*command, "--markdown"]) in (0, 1)
+    assert main([*command, "--mean-depth", "0.1"]) == 1
+    assert "least possible" in capsys.readouterr().err
+    assert main([*command, "--mean-depth", "0.7", "--markdown"]) in (0, 1)
     shown = capsys.readouterr().out
     assert "| runtime | exit | step ms |" in shown
     assert "| peak memory of the process, MB |" in shown
