@@ -130,6 +130,8 @@ class SpeechClient:
             try:
                 for part in audio:
                     yield part_message(part)
+            except GeneratorExit:  # the call has ended: not a failure of `audio`
+                raise
             except BaseException as error:
                 failures.append(error)
                 raise
