@@ -12,12 +12,14 @@ rescaled every frame (never per chunk), so splitting a stream into other chunks 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 
+from asr_exit.biasing import Match
 from asr_exit.ctc import (
     BLANK,
     FrameScores,
@@ -32,13 +34,13 @@ from asr_exit.errors import ConfigError, EngineError
 ROOT_KEY = 0
 
 
-class _Prefix(NamedTuple):
+class Prefix(NamedTuple):
     """One label sequence of the beam. Probabilities are relative to the state's `log_scale`.
 
     `key` hashes the sequence since the last restart (64 bit), `parent_key` the one without its last label: a parent
     can be dropped and found again while its child stayed, so object identity would not do. `closed` holds all tokens
     but the last; `start`, `end` (exclusive) and `peak` (posterior) describe the last one; `start` is -1 if `label`
-    belongs to the text before a restart, or to nothing.
+    belongs to the text before a restart, or to nothing. `match` is how far the sequence follows a phrase hint.
     """
 
     p_blank: float
@@ -50,6 +52,7 @@ class _Prefix(NamedTuple):
     start: int
     end: int
     peak: float
+    match: Match | None = None
 
     def last_span(self) -> TokenSpan | None:
         if self.start < 0:
@@ -60,6 +63,9 @@ class _Prefix(NamedTuple):
         """The whole sequence as finished tokens."""
         span = self.last_span()
         return self.closed if span is None else TokenCell.push(self.closed, span, self.key)
+
+
+Masses = dict[int, tuple[Prefix, float, float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,7 @@ class BeamState:
     """Immutable beam after `num_frames` frames; prefixes best first, see `asr_exit.ctc.CtcState`."""
 
     num_frames: int
-    prefixes: tuple[_Prefix, ...]
+    prefixes: tuple[Prefix, ...]
     log_scale: float
 
     @property
@@ -103,7 +109,7 @@ class BeamState:
     @property
     def confidence(self) -> float:
         """Share of the best prefix in the beam: the sentence confidence of arXiv 2309.09546, in (0, 1]."""
-        return _total(self.prefixes[0]) / sum(map(_total, self.prefixes))
+        return total_mass(self.prefixes[0]) / sum(map(total_mass, self.prefixes))
 
     def tokens(self) -> tuple[TokenSpan, ...]:
         best = self.prefixes[0]
@@ -112,15 +118,15 @@ class BeamState:
     def hypotheses(self) -> tuple[Hypothesis, ...]:
         """The n-best list, best first. Prefixes whose probability has vanished are left out."""
         return tuple(
-            Hypothesis(unroll(prefix.closed, prefix.last_span()), self.log_scale + math.log(_total(prefix)))
+            Hypothesis(unroll(prefix.closed, prefix.last_span()), self.log_scale + math.log(total_mass(prefix)))
             for prefix in self.prefixes
-            if _total(prefix) > 0
+            if total_mass(prefix) > 0
         )
 
     def restart(self, keep_tokens: int = 0) -> BeamState:
         """Keeps the best prefix's blank and label probabilities as context; the other prefixes are dropped."""
         best = self.prefixes[0]
-        total = _total(best)
+        total = total_mass(best)
         kept = self.tokens()[-keep_tokens:] if keep_tokens > 0 else ()
         root = best._replace(
             p_blank=best.p_blank / total,
@@ -129,8 +135,16 @@ class BeamState:
             parent_key=None,
             closed=chain_of(kept[:-1]),
             start=best.start if kept else -1,
+            match=best.match and best.match.restart(),
         )
         return BeamState(self.num_frames, (root,), 0.0)
+
+    def settle(self) -> BeamState:
+        """See `asr_exit.ctc.CtcState`: hints that were only begun lose their bonus, which may change the best prefix."""
+        if self.prefixes[0].match is None:
+            return self
+        order = sorted(self.prefixes, key=_final_score, reverse=True)
+        return BeamState(self.num_frames, tuple(order), self.log_scale)
 
     def __repr__(self) -> str:
         return f"BeamState(num_frames={self.num_frames}, prefixes={len(self.prefixes)})"
@@ -162,7 +176,7 @@ class PrefixBeamDecoder:
                 raise ConfigError(f"{name}={getattr(self, name)} must be {least} or more")
 
     def initial(self) -> BeamState:
-        return BeamState(0, (_Prefix(1.0, 0.0, BLANK, ROOT_KEY, None, None, -1, 0, 0.0),), 0.0)
+        return BeamState(0, (Prefix(1.0, 0.0, BLANK, ROOT_KEY, None, None, -1, 0, 0.0),), 0.0)
 
     def advance(self, state: BeamState, scores: FrameScores) -> BeamState:
         """Raises EngineError if a score is NaN or a frame gives no label any probability."""
@@ -174,7 +188,7 @@ class PrefixBeamDecoder:
         prefixes, log_scale = state.prefixes, state.log_scale
         seam = state.num_frames if scores.depth_changed else -1
         for offset, (row, labels) in enumerate(zip(probs.tolist(), top.tolist(), strict=True)):
-            best = _total(prefixes[0])
+            best = max(map(total_mass, prefixes))
             if best <= 0:
                 raise EngineError(f"all log posteriors of frame {state.num_frames + offset - 1} are -inf")
             log_scale += math.log(best)
@@ -192,36 +206,27 @@ class PrefixBeamDecoder:
             return np.take_along_axis(picked, order, axis=1) + 1
         return np.argsort(-labels, axis=1, kind="stable") + 1
 
-    def _step(
-        self, prefixes: tuple[_Prefix, ...], scale: float, row: list[float], labels: list[int], frame: int, seam: int
-    ) -> tuple[_Prefix, ...]:
-        """One frame: `row` (V,) posteriors, `labels` that may extend a prefix, `seam` the frame of a depth change."""
-        # Per prefix: all its mass, the part that may repeat its last label as a new token, and the part that continues
-        # that token. The parts are those ending in blank and in the label, except across a change of depth.
+    def split_masses(self, prefixes: tuple[Prefix, ...], scale: float, frame: int, seam: int) -> Masses:
+        """By key: the prefix, all its mass, the part that may repeat its last label as a new token, and the part that
+        continues that token. The parts are those ending in blank and in the label, except across a change of depth.
+        """
         masses = {}
         for prefix in prefixes:
-            total = _total(prefix) * scale
+            total = total_mass(prefix) * scale
             bridged = prefix.end <= seam and frame - prefix.end <= self.seam_frames
             repeating, continuing = (0.0, total) if bridged else (prefix.p_blank * scale, prefix.p_label * scale)
             masses[prefix.key] = (prefix, total, repeating, continuing)
+        return masses
 
+    def _step(
+        self, prefixes: tuple[Prefix, ...], scale: float, row: list[float], labels: list[int], frame: int, seam: int
+    ) -> tuple[Prefix, ...]:
+        """One frame: `row` (V,) posteriors, `labels` that may extend a prefix, `seam` the frame of a depth change."""
+        masses = self.split_masses(prefixes, scale, frame, seam)
         # (mass after this frame, prefix, label that extends it or -1, key of the extension)
-        candidates: list[tuple[float, _Prefix, int, int]] = []
-        for prefix, total, _, continuing in masses.values():
-            label, closed, start, end, peak = prefix.label, prefix.closed, prefix.start, prefix.end, prefix.peak
-            p_blank = total * row[BLANK]
-            p_label = 0.0 if label == BLANK else continuing * row[label]
-            if prefix.parent_key in masses:
-                parent, parent_total, parent_repeating, _ = masses[prefix.parent_key]
-                entering = (parent_repeating if parent.label == label else parent_total) * row[label]
-                if entering > p_blank + p_label:
-                    closed, start, peak = parent.chain(), frame, 0.0
-                p_label += entering
-            if p_label > p_blank:
-                end, peak = frame + 1, max(peak, row[label])
-            same = _Prefix(p_blank, p_label, label, prefix.key, prefix.parent_key, closed, start, end, peak)
-            candidates.append((p_blank + p_label, same, -1, prefix.key))
-
+        candidates: list[tuple[float, Prefix, int, int]] = [
+            (total_mass(same), same, -1, same.key) for same in stay(masses, row, frame)
+        ]
         floor = min(map(itemgetter(0), candidates)) if len(candidates) >= self.beam_size else 0.0
         for prefix, total, repeating, _ in masses.values():
             for label in labels:
@@ -236,10 +241,33 @@ class PrefixBeamDecoder:
         return tuple(
             prefix
             if label < 0
-            else _Prefix(0.0, value, label, key, prefix.key, prefix.chain(), frame, frame + 1, row[label])
+            else Prefix(0.0, value, label, key, prefix.key, prefix.chain(), frame, frame + 1, row[label])
             for value, prefix, label, key in candidates[: self.beam_size]
         )
 
 
-def _total(prefix: _Prefix) -> float:
+def stay(masses: Masses, row: list[float], frame: int) -> Iterator[Prefix]:
+    """Every prefix after one more frame that adds no label to it, in order."""
+    for prefix, total, _, continuing in masses.values():
+        label, closed, start, end, peak = prefix.label, prefix.closed, prefix.start, prefix.end, prefix.peak
+        p_blank = total * row[BLANK]
+        p_label = 0.0 if label == BLANK else continuing * row[label]
+        if prefix.parent_key in masses:
+            parent, parent_total, parent_repeating, _ = masses[prefix.parent_key]
+            entering = (parent_repeating if parent.label == label else parent_total) * row[label]
+            if entering > p_blank + p_label:
+                closed, start, peak = parent.chain(), frame, 0.0
+            p_label += entering
+        if p_label > p_blank:
+            end, peak = frame + 1, max(peak, row[label])
+        yield Prefix(p_blank, p_label, label, prefix.key, prefix.parent_key, closed, start, end, peak, prefix.match)
+
+
+def total_mass(prefix: Prefix) -> float:
+    """Probability of all alignments of a prefix."""
     return prefix.p_blank + prefix.p_label
+
+
+def _final_score(prefix: Prefix) -> float:
+    mass = total_mass(prefix)
+    return (math.log(mass) if mass > 0 else -math.inf) + (prefix.match.final_bonus if prefix.match else 0.0)

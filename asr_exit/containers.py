@@ -310,6 +310,11 @@ class ContainerDecoder:
         self._available = 0  # samples whose bytes have arrived
         self._finished = False
 
+    @property
+    def is_opus(self) -> bool:
+        """Opus works at any rate: the one in its header is only a remark about the original."""
+        return isinstance(self._framer, OggOpusFramer)
+
     def push(self, data: bytes) -> None:
         """Takes the next bytes. Raises AudioError for anything that is not such a container."""
         self._take(*self._framer.push(data))

@@ -131,6 +131,9 @@ class CtcState(Protocol):
     def tokens(self) -> tuple[TokenSpan, ...]:
         """Tokens of the best hypothesis since the last `restart`."""
 
+    def settle(self) -> CtcState:
+        """The state to read a final text from: as if nothing followed."""
+
     def restart(self, keep_tokens: int = 0) -> CtcState:
         """The same CTC context with only the last `keep_tokens` tokens; used after a final.
 
@@ -186,6 +189,9 @@ class GreedyState:
         if self.start < 0:
             return ()
         return unroll(self.closed, TokenSpan(self.label, self.start, self.label_end, self.peak_log_prob))
+
+    def settle(self) -> GreedyState:
+        return self
 
     def restart(self, keep_tokens: int = 0) -> GreedyState:
         if keep_tokens <= 0 or self.start < 0:

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from asr_exit.beam import PrefixBeamDecoder
 from asr_exit.budget import Budget, CostModel, DepthBudget
 from asr_exit.cache import CachePool
 from asr_exit.captions import Captions
 from asr_exit.checkpoint import Model
-from asr_exit.ctc import CtcDecoder, GreedyDecoder
+from asr_exit.decoders import make_decoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
 from asr_exit.evidence import score
 from asr_exit.features import StreamingLogMel
@@ -63,7 +62,7 @@ class Engine:
             options=options,
             chunk_frames=chunk_frames,
             features=StreamingLogMel(self.config.features),
-            captions=Captions(make_decoder(options), self.model.tokenizer.pieces, self.config.frame_ms),
+            captions=Captions(make_decoder(options, self.model.tokenizer), self.model.tokenizer.pieces, self.config.frame_ms),
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
             deepest=deepest,
@@ -91,6 +90,10 @@ class Engine:
         if stream.closed:
             raise StreamStateError("this stream is closed")
         stream.finished = True
+
+    def flush(self, stream: Stream) -> None:
+        """End the utterance with the whole frames pushed so far: the next steps bring a final result, even without words."""
+        stream.flushing = not stream.finished
 
     def close(self, stream: Stream) -> None:
         """Drop a stream at once; its slot is free when this returns. Closing twice is fine."""
@@ -121,7 +124,8 @@ class Engine:
     def _is_ready(self, stream: Stream) -> bool:
         if stream.ended:
             return False
-        return stream.finished or stream.features.ready_frames >= stream.chunk_frames * self.config.subsampling
+        waits = stream.finished or stream.flushing
+        return waits or stream.features.ready_frames >= stream.wanted_frames * self.config.subsampling
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
@@ -186,7 +190,10 @@ class Engine:
         factor = self.config.subsampling
         groups: dict[int, list[tuple[Stream, np.ndarray]]] = defaultdict(list)
         for stream in streams:
-            features = stream.features.pull(stream.chunk_frames * factor)
+            wanted = stream.wanted_frames
+            if not stream.finished:
+                wanted = min(wanted, stream.features.ready_frames // factor)  # a flush takes whole frames only
+            features = stream.features.pull(wanted * factor)
             if len(features):
                 groups[-(-len(features) // factor)].append((stream, features))
         for frames, members in groups.items():
@@ -328,17 +335,20 @@ class Engine:
     def _is_over(self, stream: Stream) -> bool:
         return stream.finished and stream.features.ready_frames == 0
 
+    def _is_flushed(self, stream: Stream) -> bool:
+        return stream.flushing and stream.features.ready_frames < self.config.subsampling
+
     def _endpoint(self, stream: Stream) -> bool:
-        limit = stream.options.endpoint_silence_ms
-        return limit > 0 and stream.captions.silence_ms() >= limit
+        return self._is_flushed(stream) or stream.captions.at_endpoint(stream.options.rules)
 
     def _over_long(self, stream: Stream) -> bool:
-        return stream.captions.utterance_ms() > stream.options.max_utterance_ms
+        return stream.captions.has_words and stream.captions.utterance_ms() > stream.options.max_utterance_ms
 
     def _result(self, stream: Stream) -> ChunkResult:
         captions, over = stream.captions, self._is_over(stream)
         final = None
         if over or self._endpoint(stream):
+            stream.flushing = stream.flushing and not self._is_flushed(stream)
             final = captions.take_final()
         elif self._over_long(stream):
             final = captions.take_all_but_last_word()
@@ -346,11 +356,10 @@ class Engine:
                 final = captions.take_final()
         caption = final or captions.caption()
         chunk = stream.current
-        end_ms = stream.samples / self.config.features.sample_rate_hertz * 1000
-        start_ms = stream.next_frame * self.config.frame_ms
-        if chunk is not None:
-            start_ms = chunk.start_frame * self.config.frame_ms
-            end_ms = end_ms if over else start_ms + chunk.frames * self.config.frame_ms
+        frames_before, frames = (stream.next_frame, 0) if chunk is None else (chunk.start_frame, chunk.frames)
+        start_ms, end_ms = (frame * self.config.frame_ms for frame in (frames_before, frames_before + frames))
+        if over:
+            end_ms = stream.samples / self.config.features.sample_rate_hertz * 1000
         stream.ended = over
         exit_index = stream.cap if chunk is None else chunk.exit_index
         return ChunkResult(
@@ -367,13 +376,8 @@ class Engine:
             words=caption.words,
             is_final=final is not None,
             end_of_stream=over,
-            stability=1.0 if final is not None else caption.confidence,
+            stability=1.0 if final is not None else caption.stability,
         )
-
-
-def make_decoder(options: StreamOptions) -> CtcDecoder[Any]:
-    """The decoder that a stream asks for."""
-    return GreedyDecoder() if options.decoder == "greedy" else PrefixBeamDecoder(beam_size=options.beam_size)
 
 
 class _blame:

@@ -9,9 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from asr_exit.biasing import PhraseHint
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
 from asr_exit.config import require
+from asr_exit.endpoint import EndpointRule
 from asr_exit.errors import ConfigError
 from asr_exit.evidence import ExitScores
 from asr_exit.features import StreamingLogMel
@@ -45,9 +47,11 @@ class StreamOptions:
     fill: Fill = Fill.CATCH_UP
     decoder: Literal["greedy", "beam"] = "greedy"
     beam_size: int = 8
-    endpoint_silence_ms: float = 960  # this much silence after words ends an utterance; 0 = only the end of audio does
+    endpoint_silence_ms: float = 960  # this much silence after words ends an utterance; 0 = it does not
+    endpoint_rules: tuple[EndpointRule, ...] = ()  # each of them ends an utterance, too
     max_utterance_ms: float = 20_000  # a longer utterance is cut before its last word
     catch_up_cap_chunks: int = 64  # longer backlogs are worked off at once, or given up where the budget forbids that
+    phrase_hints: tuple[PhraseHint, ...] = ()  # need the beam decoder
 
     def __post_init__(self) -> None:
         require(self.decoder in ("greedy", "beam"), f"unknown decoder {self.decoder!r}; use greedy or beam")
@@ -55,6 +59,13 @@ class StreamOptions:
         require(self.endpoint_silence_ms >= 0, "endpoint_silence_ms must be 0 (off) or more")
         require(self.max_utterance_ms >= 1_000, "max_utterance_ms must be at least 1000")
         require(self.catch_up_cap_chunks >= 1, "catch_up_cap_chunks must be at least 1")
+        require(not self.phrase_hints or self.decoder == "beam", "phrase hints need decoder='beam'")
+
+    @property
+    def rules(self) -> tuple[EndpointRule, ...]:
+        """All that end an utterance, but for its greatest length."""
+        silence = (EndpointRule(self.endpoint_silence_ms),) if self.endpoint_silence_ms else ()
+        return silence + self.endpoint_rules
 
 
 @dataclass(eq=False)
@@ -92,9 +103,15 @@ class Stream:
     step_macs: int = 0
     total_macs: int = 0
     finished: bool = False  # no more audio will come
+    flushing: bool = False  # the utterance is to end with what has arrived
     ended: bool = False  # its last result is out
     closed: bool = False
     failure: Exception | None = None
+
+    @property
+    def wanted_frames(self) -> int:
+        """Encoder frames of the next chunk: what is left of the chunk grid, of which a flush may have used a part."""
+        return self.chunk_frames - self.next_frame % self.chunk_frames
 
     def waiting(self, segment: int) -> int:
         """Chunks waiting at the door of `segment`."""
@@ -118,7 +135,7 @@ class ChunkResult:
     words: tuple[Word, ...]  # of the current utterance
     is_final: bool  # the utterance ended: `committed` is its final text, `tail` is empty
     end_of_stream: bool
-    stability: float  # 1 for finals; else the mean posterior of the words shown
+    stability: float  # 1 for finals; else how likely the text is to stay as it is
 
 
 @dataclass(frozen=True)

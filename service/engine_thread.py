@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from service.errors import StreamError
-from service.feed import Audio, Close, Command, Feed, Finish, Open, SetBudget
+from service.feed import Audio, Close, Command, Feed, Finish, Flush, Open, SetBudget
 
 if TYPE_CHECKING:
     from asr_exit.engine import Engine
@@ -124,6 +124,8 @@ class EngineThread:
         if isinstance(command, Audio):
             self._engine.push(stream, feed.input.push(command.data))
             feed.pace.arrived(len(command.data) / feed.input.bytes_per_second, command.arrived_at)
+        elif isinstance(command, Flush):
+            self._engine.flush(stream)
         elif isinstance(command, Finish):
             self._engine.push(stream, feed.input.finish())
             self._engine.finish(stream)

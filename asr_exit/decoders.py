@@ -1,0 +1,29 @@
+"""From what a stream asks for to the decoder that does it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from asr_exit.beam import PrefixBeamDecoder
+from asr_exit.biasing import PhraseTrie
+from asr_exit.config import require
+from asr_exit.ctc import CtcDecoder, GreedyDecoder
+from asr_exit.hinted_beam import HintedBeamDecoder
+from asr_exit.words import WORD_START
+
+if TYPE_CHECKING:
+    from asr_exit.stream import StreamOptions
+    from asr_exit.tokenizer import Tokenizer
+
+
+def make_decoder(options: StreamOptions, tokenizer: Tokenizer) -> CtcDecoder[Any]:
+    """The decoder that a stream asks for. Raises ConfigError for a phrase hint without any letter."""
+    if options.decoder == "greedy":
+        return GreedyDecoder()
+    if not options.phrase_hints:
+        return PrefixBeamDecoder(beam_size=options.beam_size)
+    hints = [(tokenizer.encode(hint.phrase), hint.boost) for hint in options.phrase_hints]
+    for hint, (pieces, _) in zip(options.phrase_hints, hints, strict=True):
+        require(bool(pieces), f"phrase hint {hint.phrase!r} holds no letter a to z: leave it out")
+    starts = frozenset(index for index, piece in enumerate(tokenizer.pieces) if piece.startswith(WORD_START))
+    return HintedBeamDecoder(beam_size=options.beam_size, trie=PhraseTrie(hints, starts))
