@@ -109,8 +109,9 @@ class Session:
             self._received_bytes += len(part)
             self._submit(Audio(part, arrived_at))
 
-    def flush(self) -> None:
+    async def flush(self) -> None:
         """Ends the utterance with what has arrived; a final result follows, even without words."""
+        await self._wait_for_room()
         self._submit(Flush())
 
     def set_budget(self, budget: Budget) -> None:
