@@ -21,6 +21,7 @@ from service.engine_thread import EngineThread, Event
 from service.load import LoadMonitor
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
+from service.riva import RivaServicer
 from service.servicer import SpeechServicer
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class SpeechServer:
         choices = [ms for ms in _CHUNK_CHOICES_MS if _fits(self._model, ms)]
         description = wire.describe(self._model, self._config.stream, choices)
         self.servicer = SpeechServicer(self._model, self._engine_thread, self._config, description)
+        riva = RivaServicer(self._model, self._config.stream, self.servicer, choices)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=[
@@ -75,6 +77,7 @@ class SpeechServer:
             ]
         )
         speech_pb2_grpc.add_SpeechServicer_to_server(self.servicer, self._server)
+        self._server.add_generic_rpc_handlers((riva.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         listen = self._config.listen
