@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from asr_exit.config import require
 
-LARGEST_BOOST = 20.0
+DEFAULT_BOOST, LARGEST_BOOST = 2.0, 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class PhraseHint:
     """
 
     phrase: str
-    boost: float = 2.0
+    boost: float = DEFAULT_BOOST
 
     def __post_init__(self) -> None:
         require(

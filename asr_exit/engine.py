@@ -93,7 +93,8 @@ class Engine:
 
     def flush(self, stream: Stream) -> None:
         """End the utterance with the whole frames pushed so far: the next steps bring a final result, even without words."""
-        stream.flushing = not stream.finished
+        if not stream.finished:
+            stream.flushes.append(stream.next_frame + stream.features.ready_frames // self.config.subsampling)
 
     def close(self, stream: Stream) -> None:
         """Drop a stream at once; its slot is free when this returns. Closing twice is fine."""
@@ -124,8 +125,9 @@ class Engine:
     def _is_ready(self, stream: Stream) -> bool:
         if stream.ended:
             return False
-        waits = stream.finished or stream.flushing
-        return waits or stream.features.ready_frames >= stream.wanted_frames * self.config.subsampling
+        if stream.finished or stream.flushes:
+            return True
+        return stream.features.ready_frames >= stream.wanted_frames * self.config.subsampling
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
@@ -190,10 +192,7 @@ class Engine:
         factor = self.config.subsampling
         groups: dict[int, list[tuple[Stream, np.ndarray]]] = defaultdict(list)
         for stream in streams:
-            wanted = stream.wanted_frames
-            if not stream.finished:
-                wanted = min(wanted, stream.features.ready_frames // factor)  # a flush takes whole frames only
-            features = stream.features.pull(wanted * factor)
+            features = stream.features.pull(stream.wanted_frames * factor)
             if len(features):
                 groups[-(-len(features) // factor)].append((stream, features))
         for frames, members in groups.items():
@@ -335,11 +334,8 @@ class Engine:
     def _is_over(self, stream: Stream) -> bool:
         return stream.finished and stream.features.ready_frames == 0
 
-    def _is_flushed(self, stream: Stream) -> bool:
-        return stream.flushing and stream.features.ready_frames < self.config.subsampling
-
     def _endpoint(self, stream: Stream) -> bool:
-        return self._is_flushed(stream) or stream.captions.at_endpoint(stream.options.rules)
+        return stream.flushed or stream.captions.at_endpoint(stream.options.rules)
 
     def _over_long(self, stream: Stream) -> bool:
         return stream.captions.has_words and stream.captions.utterance_ms() > stream.options.max_utterance_ms
@@ -348,7 +344,8 @@ class Engine:
         captions, over = stream.captions, self._is_over(stream)
         final = None
         if over or self._endpoint(stream):
-            stream.flushing = stream.flushing and not self._is_flushed(stream)
+            if stream.flushed:
+                stream.flushes.popleft()
             final = captions.take_final()
         elif self._over_long(stream):
             final = captions.take_all_but_last_word()

@@ -103,15 +103,21 @@ class Stream:
     step_macs: int = 0
     total_macs: int = 0
     finished: bool = False  # no more audio will come
-    flushing: bool = False  # the utterance is to end with what has arrived
+    flushes: deque[int] = field(default_factory=deque)  # frames at which the utterance is to end
     ended: bool = False  # its last result is out
     closed: bool = False
     failure: Exception | None = None
 
     @property
     def wanted_frames(self) -> int:
-        """Encoder frames of the next chunk: what is left of the chunk grid, of which a flush may have used a part."""
-        return self.chunk_frames - self.next_frame % self.chunk_frames
+        """Encoder frames of the next chunk: to the end of the chunk grid's cell, or to where a flush cuts it."""
+        end = self.next_frame - self.next_frame % self.chunk_frames + self.chunk_frames
+        return min(end, self.flushes[0] if self.flushes else end) - self.next_frame
+
+    @property
+    def flushed(self) -> bool:
+        """Whether a flush is due here."""
+        return bool(self.flushes) and self.next_frame >= self.flushes[0]
 
     def waiting(self, segment: int) -> int:
         """Chunks waiting at the door of `segment`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from asr_exit.biasing import LARGEST_BOOST, PhraseHint
+from asr_exit.biasing import DEFAULT_BOOST, LARGEST_BOOST, PhraseHint
 from asr_exit.budget import Budget
 from service import wire
 from service.audio_input import AudioFormat, Container
@@ -217,7 +217,7 @@ def _budget(values: Mapping[str, str]) -> Budget:
 
 
 def _hints(context: pb.SpeechContext) -> Iterable[PhraseHint]:
-    boost = max(-LARGEST_BOOST, min(LARGEST_BOOST, context.boost or PhraseHint.boost))
+    boost = max(-LARGEST_BOOST, min(LARGEST_BOOST, context.boost or DEFAULT_BOOST))
     return (PhraseHint(phrase, boost) for phrase in context.phrases)
 
 

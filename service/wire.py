@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.duration_pb2 import Duration
 
 from asr_exit.audio import MODEL_RATE_HZ, Encoding
-from asr_exit.biasing import PhraseHint
+from asr_exit.biasing import DEFAULT_BOOST, PhraseHint
 from asr_exit.budget import Budget
 from asr_exit.endpoint import EndpointRule
 from asr_exit.policy import Reason, parse_policy
@@ -67,7 +67,7 @@ def parse_config(config: pb.StreamingConfig, defaults: StreamDefaults, model: Mo
             fill=config.fill,
             budget=parse_budget(config.compute_budget),
             hints=[
-                PhraseHint(phrase, hints.boost or PhraseHint.boost)
+                PhraseHint(phrase, hints.boost or DEFAULT_BOOST)
                 for hints in config.phrase_hints
                 for phrase in hints.phrases
             ],
