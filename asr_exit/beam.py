@@ -140,7 +140,7 @@ class BeamState:
         return BeamState(self.num_frames, (root,), 0.0)
 
     def settle(self) -> BeamState:
-        """See `asr_exit.ctc.CtcState`: hints that were only begun lose their bonus, which may change the best prefix."""
+        """See `asr_exit.ctc.CtcState`: hints only begun lose their bonus, which may change the best prefix."""
         if self.prefixes[0].match is None:
             return self
         order = sorted(self.prefixes, key=_final_score, reverse=True)

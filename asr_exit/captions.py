@@ -134,9 +134,7 @@ class Captions:
     def at_endpoint(self, rules: Iterable[EndpointRule]) -> bool:
         """Whether one of the rules ends the utterance here."""
         return any(
-            rule.holds(
-                contains_speech=self.has_words, silence_ms=self.silence_ms(), utterance_ms=self.utterance_ms()
-            )
+            rule.holds(contains_speech=self.has_words, silence_ms=self.silence_ms(), utterance_ms=self.utterance_ms())
             for rule in rules
         )
 
@@ -160,7 +158,7 @@ class Captions:
 
 
 def _stability(words: Sequence[Word], revisable: Sequence[Word], trailing_blank_frames: int) -> float:
-    """How likely an interim text is to stay: its last word may grow, and deeper exits or the beam may change `revisable`.
+    """How likely an interim text is to stay: its last word may grow, deeper exits or the beam may change `revisable`.
 
     Words were changed less often than their posteriors say: the square root of those fits what was counted.
     """

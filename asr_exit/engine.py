@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +48,7 @@ class Engine:
         Raises:
             CapacityError: every slot is taken. ConfigError: options that this model or device cannot meet.
         """
-        options = options or StreamOptions()
+        options, tokenizer = options or StreamOptions(), self.model.tokenizer
         chunk_frames = self.config.chunk_frames(options.chunk_ms)
         deepest = options.policy.deepest(self.config.num_exits)
         cost = self._cost_model(chunk_frames, options.fill)
@@ -62,7 +61,7 @@ class Engine:
             options=options,
             chunk_frames=chunk_frames,
             features=StreamingLogMel(self.config.features),
-            captions=Captions(make_decoder(options, self.model.tokenizer), self.model.tokenizer.pieces, self.config.frame_ms),
+            captions=Captions(make_decoder(options, tokenizer), tokenizer.pieces, self.config.frame_ms),
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
             deepest=deepest,
@@ -92,7 +91,7 @@ class Engine:
         stream.finished = True
 
     def flush(self, stream: Stream) -> None:
-        """End the utterance with the whole frames pushed so far: the next steps bring a final result, even without words."""
+        """End the utterance with the whole frames pushed so far: a final result follows, even without words."""
         if not stream.finished:
             stream.flushes.append(stream.next_frame + stream.features.ready_frames // self.config.subsampling)
 

@@ -128,7 +128,9 @@ class RivaDialect:
         check_model(config.model, self._model)
         language = config.language_code.lower()
         if language and language.partition("-")[0] != "en":
-            raise invalid(f"language_code {config.language_code!r} is not served here: use {LANGUAGE} or leave it empty")
+            raise invalid(
+                f"language_code {config.language_code!r} is not served here: use {LANGUAGE} or leave it empty"
+            )
         if config.diarization_config.enable_speaker_diarization:
             raise invalid("speaker diarization is not served here: leave diarization_config out")
         if config.enable_separate_recognition_per_channel and config.audio_channel_count > 1:

@@ -153,9 +153,10 @@ class Unpacker:
         check_rate(source.rate_hz)
         if said.rate_hz not in (0, source.rate_hz) and not opus:  # Opus has no rate of its own
             raise AudioError(f"the file says {source.rate_hz} Hz, the request {said.rate_hz} Hz: make the two agree")
-        if said.channels not in (0, source.channels) or (said.channels == 0 and not said.channel and source.channels > 1):
+        announced = said.channels or (source.channels if said.channel else 1)
+        if announced != source.channels:
             raise AudioError(
-                f"the file has {source.channels} channels, the request announced {said.channels or 1}: set the number of "
-                "channels, and the one to recognise"
+                f"the file has {source.channels} channels, the request announced {announced}: set the number of "
+                "channels, or the one to recognise"
             )
         check_channels(source.channels, said.channel)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HELP = "measure speed per exit, streaming parity, depth switches, or memory over hours"
+HELP = "measure speed per exit, parity, depth switches, memory over hours, endpoints, or Riva's client"
 DEVIATION_BAR = 0.15
 DEVIATION_BATCH = 16  # the bar holds from this batch size on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand for each measurement."""
+    from service.cli import bench_clients
     from service.cli.options import add_model_options
     from service.cli.recordings import add_recordings_options
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--hours", type=float, default=1, metavar="N", help="of audio (default: 1)")
     memory.add_argument("--audio", metavar="FILE", help="repeated under faint noise (default: the bundled sample)")
     memory.add_argument("--policy", default="full", metavar="P", help="as in transcribe, or random (default: full)")
-    runs = {engine: _engine, parity: _parity, switches: _switches, memory: _memory}
+    runs = {engine: _engine, parity: _parity, switches: _switches, memory: _memory} | bench_clients.add_kinds(kinds)
     for kind, run_kind in runs.items():
         kind.add_argument("--chunk-ms", type=int, choices=(160, 320, 640, 1280), default=640, help="default: 640")
         kind.add_argument("--json", action="store_true", help="one JSON object instead of the table")
@@ -68,7 +69,7 @@ def _engine(arguments: argparse.Namespace) -> int:
     model, device = load_model(arguments)
     require(arguments.clock == "wall" or device == "cpu", "--clock cpu does not see a GPU: use --clock wall")
     turns = len(batches) * (WARM_UP_TURNS + turns_of(arguments.seconds, arguments.chunk_ms))
-    with _progress("timing", turns) as advance:
+    with progress("timing", turns) as advance:
         rows = measure_speed(
             model,
             sample_audio(),
@@ -123,7 +124,7 @@ def _engine(arguments: argparse.Namespace) -> int:
         f"bar: encoder time within {100 * DEVIATION_BAR:.0f} % of the MACs from batch {DEVIATION_BATCH} on: "
         f"{_verdict(holds, judged)}",
     ]
-    return _report(
+    return show_report(
         arguments, device, model.name, values, holds, f"one chunk of {arguments.chunk_ms} ms", columns, cells, notes
     )
 
@@ -140,7 +141,7 @@ def _parity(arguments: argparse.Namespace) -> int:
     utterances = list_recordings(arguments)
     model, device = load_model(arguments)
     paths = [utterance.path for utterance in utterances]
-    with _progress("comparing", len(paths)) as advance:
+    with progress("comparing", len(paths)) as advance:
         report = check_parity(
             Recognizer(model, device=device),
             read_all(paths),
@@ -169,7 +170,7 @@ def _parity(arguments: argparse.Namespace) -> int:
         for found in report.differences
     ]
     title = f"{report.recordings} recordings, {report.audio_seconds / 3600:.2f} h, {arguments.chunk_ms} ms"
-    return _report(
+    return show_report(
         arguments, device, model.name, values, report.holds, title, ("streaming against offline", ""), cells, notes
     )
 
@@ -186,7 +187,7 @@ def _switches(arguments: argparse.Namespace) -> int:
     utterances = list_recordings(arguments)
     model, device = load_model(arguments)
     paths = [utterance.path for utterance in utterances]
-    with _progress("switching", ROUNDS * len(paths)) as advance:
+    with progress("switching", ROUNDS * len(paths)) as advance:
         report = check_switches(
             Recognizer(model, device=device),
             lambda: read_all(paths),
@@ -253,7 +254,7 @@ def _switches(arguments: argparse.Namespace) -> int:
     ]
     title = f"without revision: {report.recordings} recordings, {report.audio_seconds / 3600:.2f} h, chunks of "
     title += f"{arguments.chunk_ms} ms"
-    return _report(arguments, device, model.name, values, report.holds, title, columns, cells, notes)
+    return show_report(arguments, device, model.name, values, report.holds, title, columns, cells, notes)
 
 
 def _memory(arguments: argparse.Namespace) -> int:
@@ -272,7 +273,7 @@ def _memory(arguments: argparse.Namespace) -> int:
     model, device = load_model(arguments)
     samples = load_audio(arguments.audio) if arguments.audio else sample_audio()
     policy = parse_policy(arguments.policy, exit_layers=model.config.exit_layers, calibration=model.calibration)
-    with _progress("minutes of audio", round(60 * arguments.hours)) as advance:
+    with progress("minutes of audio", round(60 * arguments.hours)) as advance:
         report = measure_memory(
             Engine(model, slots=1, device=device),
             samples,
@@ -298,7 +299,7 @@ def _memory(arguments: argparse.Namespace) -> int:
         ("real-time factor", f"{report.real_time_factor:.4f}"),
     ]
     title = f"{report.hours:g} h in one stream, {report.steps} steps, {arguments.policy}"
-    return _report(arguments, device, model.name, values, report.holds, title, ("", ""), cells, [])
+    return show_report(arguments, device, model.name, values, report.holds, title, ("", ""), cells, [])
 
 
 def _verdict(holds: bool, judged: Sequence[object]) -> str:
@@ -306,7 +307,7 @@ def _verdict(holds: bool, judged: Sequence[object]) -> str:
 
 
 @contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on standard error; yields what advances it by one."""
     import sys
 
@@ -319,7 +320,7 @@ def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _report(
+def show_report(
     arguments: argparse.Namespace,
     device: str,
     model: str,
@@ -330,6 +331,7 @@ def _report(
     cells: Sequence[Sequence[object]],
     notes: Sequence[str],
 ) -> int:
+    """Prints a table or one JSON object, with where it was measured; returns 1 when the bar is not met."""
     import json
 
     from rich.console import Console

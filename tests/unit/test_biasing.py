@@ -1,4 +1,4 @@
-"""Phrase hints: won piece by piece, taken back when the match breaks, never counted twice; by hand and by brute force."""
+"""Phrase hints: won piece by piece, taken back when the match breaks, never counted twice."""
 
 from __future__ import annotations
 

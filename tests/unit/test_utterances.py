@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -112,7 +114,7 @@ def test_a_flush_ends_the_utterance_and_loses_nothing(fill: Fill, seconds: float
     covered = [(result.start_ms, result.end_ms) for result in results if result.chunk_ms]
     assert covered[0][0] == 0
     assert covered[-1][1] == 6_000
-    assert all(end == start for (_, end), (start, _) in zip(covered, covered[1:], strict=False))
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(covered))
     assert all(start // 640 == (end - 1) // 640 for start, end in covered)  # the chunk grid stays
     assert results[-1].end_of_stream
     assert finals_of(results)[-1]
