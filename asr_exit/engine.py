@@ -171,16 +171,21 @@ class Engine:
         for stream in moved:
             assert stream.current is not None
             stream.captions.add(stream.current)
-        self._drain([s for s in served if s.failure is None and self._wants_drain(s)])
+        draining = []
+        for stream in served:
+            with _blame([stream]):
+                draining += [stream] if stream.failure is None and self._wants_drain(stream) else []
+        self._drain(draining)
         results, failures = [], []
         for stream in served:
+            with _blame([stream]):
+                if stream.failure is None:
+                    stream.budget.spend(stream.step_macs, self._audio_seconds(stream))
+                    stream.total_macs += stream.step_macs
+                    results.append(self._result(stream))
             if stream.failure is not None:
                 failures.append((stream, stream.failure))
                 self.close(stream)
-            else:
-                stream.budget.spend(stream.step_macs, self._audio_seconds(stream))
-                stream.total_macs += stream.step_macs
-                results.append(self._result(stream))
         return StepOutput(results, failures, 1000 * (time.perf_counter() - begin))
 
     def _audio_seconds(self, stream: Stream) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
@@ -59,9 +60,10 @@ class StreamOptions:
         require(self.endpoint_silence_ms >= 0, "endpoint_silence_ms must be 0 (off) or more")
         require(self.max_utterance_ms >= 1_000, "max_utterance_ms must be at least 1000")
         require(self.catch_up_cap_chunks >= 1, "catch_up_cap_chunks must be at least 1")
+        _ = self.rules  # raises for a silence that is out of range
         require(not self.phrase_hints or self.decoder == "beam", "phrase hints need decoder='beam'")
 
-    @property
+    @cached_property
     def rules(self) -> tuple[EndpointRule, ...]:
         """All that end an utterance, but for its greatest length."""
         silence = (EndpointRule(self.endpoint_silence_ms),) if self.endpoint_silence_ms else ()

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from asr_exit.biasing import DEFAULT_BOOST, LARGEST_BOOST, PhraseHint
 from asr_exit.budget import Budget
 from service import wire
 from service.audio_input import AudioFormat, Container
 from service.dialect import EndUtterance, Part
-from service.errors import StreamError, invalid
+from service.errors import StreamError, invalid, undecodable
 from service.pb import riva_pb2 as pb
 from service.pb import speech_pb2
 from service.session import StreamRequest
@@ -156,7 +157,7 @@ class RivaServicer:
                 ),
                 "Recognize": grpc.unary_unary_rpc_method_handler(
                     self._recognize,
-                    request_deserializer=pb.RecognizeRequest.FromString,
+                    request_deserializer=_recognize_request,
                     response_serializer=pb.RecognizeResponse.SerializeToString,
                 ),
                 "GetRivaSpeechRecognitionConfig": grpc.unary_unary_rpc_method_handler(
@@ -170,11 +171,16 @@ class RivaServicer:
     async def _streaming_recognize(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         await self._core.converse(context, RivaDialect(self._model, self._defaults))
 
-    async def _recognize(self, request: pb.RecognizeRequest, context: grpc.aio.ServicerContext) -> pb.RecognizeResponse:
+    async def _recognize(
+        self, request: pb.RecognizeRequest | None, context: grpc.aio.ServicerContext
+    ) -> pb.RecognizeResponse:
         def configure() -> StreamRequest:
+            if request is None:
+                raise undecodable()
             return RivaDialect(self._model, self._defaults).parse(request.config, interim_results=False, runtime={})
 
-        updates = await self._core.recognize(context, configure, request.audio)
+        updates = await self._core.recognize(context, configure, request.audio if request else b"")
+        assert request is not None, "refused above"
         response = pb.RecognizeResponse(id=request.id if request.HasField("id") else None)
         for update in updates:
             alternative = _alternative(update, request.config.enable_word_time_offsets)
@@ -211,6 +217,14 @@ def check_model(name: str, model: Model) -> None:
         wire.check_model_name(name, model)
     except StreamError as error:
         raise invalid(error.message) from None
+
+
+def _recognize_request(data: bytes) -> pb.RecognizeRequest | None:
+    """None for what cannot be decoded; raising here would end the call with a status that says nothing."""
+    try:
+        return pb.RecognizeRequest.FromString(data)
+    except DecodeError:
+        return None
 
 
 def _budget(values: Mapping[str, str]) -> Budget:

@@ -10,11 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from asr_exit.budget import Budget
 from service import wire
 from service.dialect import Dialect, EndUtterance, NativeDialect
-from service.errors import StreamError, invalid, to_stream_error
+from service.errors import StreamError, invalid, to_stream_error, undecodable
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
 from service.session import Session, StreamRequest
@@ -193,6 +194,8 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 f"nothing was sent for {idle_s:g} s: send audio, silence included, or close the stream",
             ) from None
+        except DecodeError:
+            raise undecodable() from None
         return None if request is grpc.aio.EOF else request
 
 

@@ -145,6 +145,22 @@ def test_stability_grows_with_silence_and_falls_with_doubt() -> None:
     assert captions_of(0, 0).caption().stability == 0
 
 
+def test_text_that_cannot_be_made_fails_its_stream_alone() -> None:
+    engine = Engine(random_model(), slots=2)
+    healthy, broken = engine.open(NEVER), engine.open(NEVER)
+
+    def explode() -> None:
+        raise RuntimeError("broken")
+
+    broken.captions.caption = explode  # type: ignore[assignment,method-assign]
+    for stream in (healthy, broken):
+        engine.push(stream, babble(0.64))
+    output = engine.step()
+    assert [result.stream for result in output.results] == [healthy]
+    assert [stream for stream, _ in output.failures] == [broken]
+    assert broken.closed
+
+
 def test_hints_reach_the_decoder() -> None:
     model, audio = random_model(seed=4), babble(4.0, 5)
 
