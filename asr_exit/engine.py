@@ -53,7 +53,8 @@ class Engine:
         deepest = options.policy.deepest(self.config.num_exits)
         cost = self._cost_model(chunk_frames, options.fill)
         budget = DepthBudget(options.budget, cost, self.config.exit_layers)
-        slot = self.pool.acquire()
+        captions = Captions(make_decoder(options, tokenizer), tokenizer.pieces, self.config.frame_ms)
+        slot = self.pool.acquire()  # nothing below may fail, or the slot would be lost
         if slot is None:
             raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")
         stream = Stream(
@@ -61,7 +62,7 @@ class Engine:
             options=options,
             chunk_frames=chunk_frames,
             features=StreamingLogMel(self.config.features),
-            captions=Captions(make_decoder(options, tokenizer), tokenizer.pieces, self.config.frame_ms),
+            captions=captions,
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
             deepest=deepest,
@@ -122,11 +123,9 @@ class Engine:
         return sum(map(self._is_ready, self._streams.values()))
 
     def _is_ready(self, stream: Stream) -> bool:
-        if stream.ended:
-            return False
-        if stream.finished or stream.flushes:
-            return True
-        return stream.features.ready_frames >= stream.wanted_frames * self.config.subsampling
+        waits = stream.finished or bool(stream.flushes)
+        enough = stream.wanted_frames * self.config.subsampling
+        return not stream.ended and (waits or stream.features.ready_frames >= enough)
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
