@@ -225,8 +225,7 @@ def test_every_call_ends_with_a_documented_status(fuzzed: BackgroundServer) -> N
         run()
         assert text_of(list(client.stream(parts(SEEDS[0])))) == healthy
     assert all_slots_free(fuzzed)
-    assert statuses["OK"] > 0.15 * sum(statuses.values()), statuses
-    assert statuses["INVALID_ARGUMENT"] > 0.15 * sum(statuses.values()), statuses
+    assert min(statuses["OK"], statuses["INVALID_ARGUMENT"]) > 0.05 * sum(statuses.values()), statuses
     if settled:
         grown = rss_bytes() - settled[0]
         print(f"{statuses}, memory {grown / 2**20:+.1f} MB since a fifth of the cases")
