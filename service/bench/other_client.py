@@ -60,7 +60,9 @@ def check_riva(
                 f"Riva's client failed; does {python} have it? {python} -m pip install nvidia-riva-client"
             )
         described = json.loads(about)
-        streaming, offline, words, largest = [], [], 0, 0.0
+        streaming: list[str] = []
+        offline: list[str] = []
+        words, largest = 0, 0.0
         for path, line in zip(paths, process.stdout, strict=False):
             theirs = json.loads(line)
             text, ours = _our_own(client, path)
