@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from asr_exit.errors import AsrExitError
     from asr_exit.load_control import LoadSignal
     from asr_exit.policy import ExitPolicy, parse_policy
-    from asr_exit.recognizer import Recognizer, Transcript
+    from asr_exit.recognizer import Recognizer
     from asr_exit.stream import ChunkResult, Fill, Stream, StreamOptions
+    from asr_exit.transcript import Transcript
 
 # Public names load their module when first used: features, CTC and policies must import without torch.
 _HOMES = {
@@ -30,7 +31,7 @@ _HOMES = {
     "Recognizer": "recognizer",
     "Stream": "stream",
     "StreamOptions": "stream",
-    "Transcript": "recognizer",
+    "Transcript": "transcript",
     "load": "checkpoint",
     "parse_policy": "policy",
 }

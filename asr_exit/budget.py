@@ -220,15 +220,20 @@ class DepthBudget:
         """Savings (or, negative, debt) in seconds of allowance; 0 without an average."""
         return self._saved_macs / self._rate if self._rate else 0.0
 
-    def update(self, budget: Budget) -> None:
-        """Replace the budget; the next `ceiling` follows it.
+    def update(self, budget: Budget, cost: CostModel | None = None) -> None:
+        """Replace the budget, and the cost model if a newer one is given; the next `ceiling` follows them.
 
         If the allowance changes, savings and debt are dropped: what a generous budget saved must not outlive it.
 
         Raises:
             ConfigError: as on construction; the old budget then stays in force.
         """
-        rate, deepest = self._resolve(budget)
+        before, self._cost = self._cost, cost or self._cost
+        try:
+            rate, deepest = self._resolve(budget)
+        except ConfigError:
+            self._cost = before
+            raise
         if rate != self._rate:
             self._saved_macs = 0.0
         self._budget, self._rate, self._deepest = budget, rate, deepest
@@ -265,10 +270,15 @@ class DepthBudget:
             exit_index -= 1
         return exit_index
 
-    def spend(self, macs: float, audio_seconds: float) -> None:
-        """Book `macs` spent on `audio_seconds` of new audio (0 for draining or catching up without any)."""
+    def spend(self, macs: float, audio_seconds: float, seconds: float | None = None) -> None:
+        """Book `macs` spent on `audio_seconds` of new audio (0 for draining or catching up without any).
+
+        `seconds`: how long that took. A real-time factor is kept in measured time, whatever the cost model expected.
+        """
         self._audio_seconds += audio_seconds
         self._spent_macs += macs
+        if self._budget.real_time_factor is not None and self._cost.seconds_per_mac is not None and seconds is not None:
+            macs = seconds / self._cost.seconds_per_mac
         if self._rate is not None:
             most = self._window_seconds * min(self._rate, 0.3 * self._cost.full_macs_per_second)
             self._saved_macs = min(most, self._saved_macs + self._rate * audio_seconds - macs)

@@ -21,6 +21,7 @@ from asr_exit.cost import SegmentMacs
 from asr_exit.encoder import Encoder
 from asr_exit.errors import CheckpointError, ConfigError
 from asr_exit.tokenizer import Tokenizer
+from asr_exit.torch_backend import TorchBackend
 
 FORMAT = "asr-exit/1"
 BUNDLED = "model.safetensors"
@@ -41,6 +42,15 @@ class Model:
     def macs(self) -> SegmentMacs:
         """Multiply-accumulates of every part."""
         return SegmentMacs.of(self.encoder)
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The tokenizer's pieces by id."""
+        return self.tokenizer.pieces
+
+    def backend(self, slots: int, device: str | torch.device) -> TorchBackend:
+        """What the engine runs this model with; moves it to `device`."""
+        return TorchBackend(self.encoder, slots, device)
 
 
 def save_model(
@@ -96,7 +106,7 @@ def load(path: Path | str | None = None, device: str | torch.device = "cpu") -> 
             "save models with asr_exit.checkpoint.save_model"
         )
     try:
-        config = ModelConfig.from_dict(json.loads(metadata["config"]))
+        config = ModelConfig.from_dict({"handover_gain": True, **json.loads(metadata["config"])})  # older files had it
         tokenizer = Tokenizer(base64.b64decode(metadata["tokenizer"]))
         calibration, provenance = json.loads(metadata["calibration"]), json.loads(metadata["provenance"])
         encoder = Encoder(config)

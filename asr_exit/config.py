@@ -85,7 +85,10 @@ class ModelConfig:
     subsampling_channels: int = 32
     left_context_frames: int = 64
     max_chunk_frames: int = 16
+    conv_lookahead: bool = True  # the convolution sees to the end of its chunk; False: causal
     self_conditioning: bool = True
+    handover_gain: bool = False  # a learned scale on the state between segments; lets deep segments fall idle
+    head_hidden: tuple[int, ...] = ()  # per exit the width of a hidden layer in its head, 0 = none; empty: none
 
     def __post_init__(self) -> None:
         require(self.d_model % (2 * self.num_heads) == 0, "d_model must be a multiple of 2 * num_heads (rotary pairs)")
@@ -93,6 +96,11 @@ class ModelConfig:
         require(self.conv_kernel % 2 == 1, "conv_kernel must be odd")
         require(self.subsampling in (2, 4, 8), "subsampling must be 2, 4 or 8")
         require(self.vocab_size >= 2, "vocab_size must hold the blank and at least one piece")
+        object.__setattr__(self, "head_hidden", tuple(self.head_hidden))
+        require(
+            len(self.head_hidden) in (0, self.num_exits) and all(width >= 0 for width in self.head_hidden),
+            f"head_hidden must be {self.num_exits} widths, one per exit (0 = none), or empty",
+        )
         require(
             self.left_context_frames % self.max_chunk_frames == 0,
             "left_context_frames must be a multiple of max_chunk_frames, so that every chunk size divides it",

@@ -50,7 +50,7 @@ class ConformerBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(d_model)
         self.attention = SelfAttention(d_model, config.num_heads)
         self.conv_norm = nn.LayerNorm(d_model)
-        self.conv = ChunkConv(d_model, config.conv_kernel)
+        self.conv = ChunkConv(d_model, config.conv_kernel, config.conv_lookahead)
         self.ff_out = FeedForward(d_model, config.ff_dim)
 
     def forward(

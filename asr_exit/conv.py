@@ -48,13 +48,16 @@ class ConvSubsampling(nn.Module):
         Returns:
             (B, T, D) and the new tails.
         """
-        x = features[:, None].contiguous(memory_format=torch.channels_last)
+        x = features.unsqueeze(-1).permute(0, 3, 1, 2)  # so that strides say channels-last, even of one channel
         new_tails = []
         for stage, conv in enumerate(self.convs):
-            tail = x.new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]) if tails is None else tails[stage].to(x.dtype)
             new_tails.append(x[:, :, -1:])
-            x = torch.cat((tail.contiguous(memory_format=torch.channels_last), x), dim=2)
-            x = F.relu_(conv(x))
+            if tails is None:  # zeros before the first frame; those after the last are never read, as T is even
+                x = F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
+            else:
+                tail = tails[stage].to(x.dtype).contiguous(memory_format=torch.channels_last)
+                x = conv(torch.cat((tail, x), dim=2))
+            x = F.relu_(x)
         return self.out(x.permute(0, 2, 3, 1).flatten(2)), new_tails
 
     def macs_per_frame(self) -> int:
@@ -115,15 +118,21 @@ class ChunkConv(nn.Module):
 
     Frames near the end of a chunk see zeros where the future would be (dynamic chunk convolution, arXiv 2304.09325):
     more accurate than a causal kernel at the same latency, and streaming equals offline on the same chunk grid.
+    Without `lookahead` it is causal: only the first half of the kernel is used.
     """
 
-    def __init__(self, d_model: int, kernel: int) -> None:
+    def __init__(self, d_model: int, kernel: int, lookahead: bool = True) -> None:
         super().__init__()
-        self.halo = (kernel - 1) // 2
+        self.halo, self.lookahead = (kernel - 1) // 2, lookahead
         self.expand = nn.Linear(d_model, 2 * d_model)
         self.depthwise = nn.Conv1d(d_model, d_model, kernel, groups=d_model)
         self.norm = nn.LayerNorm(d_model)
         self.out = nn.Linear(d_model, d_model)
+
+    def _kernel(self) -> Tensor:
+        """(D, 1, K)."""
+        weight = self.depthwise.weight
+        return weight if self.lookahead else F.pad(weight[..., : self.halo + 1], (0, self.halo))
 
     def gated(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D): the depthwise convolution's input, which is also what streaming state holds."""
@@ -148,12 +157,14 @@ class ChunkConv(nn.Module):
         x = torch.cat((left.to(gated.dtype), gated), dim=1)
         x = F.pad(x, (0, 0, 0, chunks * chunk - frames))
         if torch.is_grad_enabled():
-            taps, bias = self.depthwise.weight[:, 0].t().to(x.dtype), cast(Tensor, self.depthwise.bias).to(x.dtype)
+            taps = self._kernel()[:, 0].t().to(x.dtype).contiguous()  # strided taps cost five times as much
+            bias = cast(Tensor, self.depthwise.bias).to(x.dtype)
             y = _ShiftedDepthwise.apply(x, taps, bias, chunk)[:, :frames]
             return self.out(F.silu(self.norm(y)))
         if chunks > 1:  # (B, n, D, h + C): every chunk with the frames before it, and nothing after it
             x = x.unfold(1, halo + chunk, chunk).reshape(batch * chunks, d_model, halo + chunk)
         else:
             x = x.transpose(1, 2)
-        y = self.depthwise(F.pad(x, (0, halo))).transpose(1, 2).reshape(batch, chunks * chunk, d_model)[:, :frames]
+        y = F.conv1d(F.pad(x, (0, halo)), self._kernel(), self.depthwise.bias, groups=d_model)
+        y = y.transpose(1, 2).reshape(batch, chunks * chunk, d_model)[:, :frames]
         return self.out(F.silu(self.norm(y)))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from asr_exit.config import ModelConfig
-from asr_exit.encoder import Encoder
+
+if TYPE_CHECKING:
+    from asr_exit.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class SegmentMacs:
     config: ModelConfig
     subsampling_per_frame: int
     layer_per_frame: int  # without attention scores
-    head_per_frame: int
+    heads_per_frame: tuple[int, ...]  # per exit
     feedback_per_frame: int
 
     @classmethod
@@ -27,7 +30,7 @@ class SegmentMacs:
             encoder.config,
             encoder.subsampling.macs_per_frame(),
             segment.layers[0].macs_per_frame(),
-            segment.head.out.weight.numel(),
+            tuple(segment.head.macs_per_frame() for segment in encoder.segments),
             0 if segment.feedback is None else segment.feedback.weight.numel(),
         )
 
@@ -46,7 +49,7 @@ class SegmentMacs:
         feeds_back = self.config.self_conditioning and index < self.config.num_exits - 1
         if feeds_back:
             total += frames * self.feedback_per_frame
-        return total + (frames * self.head_per_frame if with_head or feeds_back else 0)
+        return total + (frames * self.heads_per_frame[index] if with_head or feeds_back else 0)
 
     def propagate(self, frames: int) -> int:
         """Filling one skipped segment's caches from an exit's hidden state."""

@@ -50,19 +50,24 @@ class Batch:
     target_lengths: Tensor
     seconds: float  # of audio, padding not counted
     texts: tuple[str, ...]
+    ids: tuple[str, ...]
+    views: int = 1  # 2: the second half of the rows are other views of the first half, with the same targets
 
 
 @dataclass(frozen=True)
 class BatchPlan:
     """How an epoch is cut into batches.
 
-    batch_seconds counts padding. corpus_shares: (corpus, fraction of its utterances drawn in each epoch); others 1.
+    batch_seconds counts padding and views. corpus_shares: (corpus, fraction of its utterances drawn in each epoch);
+    others 1.
     """
 
     batch_seconds: float = 100.0
     max_seconds: float = 17.0
     min_seconds: float = 0.5
     corpus_shares: tuple[tuple[str, float], ...] = ()
+    views: int = 1
+    speeds: tuple[float, ...] = ()  # stored copies to draw from; empty: all
 
 
 class FeatureStore:
@@ -125,6 +130,10 @@ def plan_epoch(clips: Sequence[Clip], plan: BatchPlan, subsampling: int, seed: i
     low, high = plan.min_seconds * FRAMES_PER_SECOND, plan.max_seconds * FRAMES_PER_SECOND
     drawn: list[Clip] = []
     for copies in by_utterance.values():
+        if plan.speeds:
+            copies = [clip for clip in copies if clip.speed in plan.speeds]
+            if not copies:
+                continue
         clip = copies[int(rng.integers(len(copies)))]
         keep = rng.random() < shares.get(clip.corpus, 1.0)
         if keep and low <= clip.frames <= high and _placeable(clip, subsampling):
@@ -138,7 +147,7 @@ def plan_epoch(clips: Sequence[Clip], plan: BatchPlan, subsampling: int, seed: i
     longest = 0
     for index in order:
         longest_then = max(longest, drawn[index].frames)
-        if batch and longest_then * (len(batch) + 1) > plan.batch_seconds * FRAMES_PER_SECOND:
+        if batch and longest_then * (len(batch) + 1) * plan.views > plan.batch_seconds * FRAMES_PER_SECOND:
             batches.append(batch)
             batch, longest_then = [], drawn[index].frames
         batch.append(drawn[index])
@@ -153,7 +162,8 @@ def _placeable(clip: Clip, subsampling: int) -> bool:
     return 0 < len(clip.tokens) + repeats <= -(-clip.frames // subsampling)
 
 
-Augmenter = Callable[[np.ndarray, np.ndarray, np.random.Generator], None]  # (B, F, M) in place, (B,) lengths, rng
+# (B, F, M) in place, (B,) lengths, rng, views: the later rows are copies of the first B / views and must stay aligned
+Augmenter = Callable[[np.ndarray, np.ndarray, np.random.Generator, int], None]
 
 
 def collate(
@@ -162,8 +172,10 @@ def collate(
     fill: np.ndarray,
     augment: Augmenter | None = None,
     rng: np.random.Generator | None = None,
+    views: int = 1,
 ) -> Batch:
-    """Pad `clips` with `fill` (M,) and augment them."""
+    """Pad `clips` with `fill` (M,), repeat them `views` times, and augment them."""
+    clips = list(clips) * views
     lengths = np.array([clip.frames for clip in clips], dtype=np.int64)
     frames = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
     features = np.empty((len(clips), frames, len(fill)), np.float32)
@@ -171,7 +183,7 @@ def collate(
         features[row, : clip.frames] = store.features(clip)
         features[row, clip.frames :] = fill
     if augment is not None:
-        augment(features, lengths, rng or np.random.default_rng())
+        augment(features, lengths, rng or np.random.default_rng(), views)
     return Batch(
         torch.from_numpy(features),
         torch.from_numpy(lengths),
@@ -179,6 +191,8 @@ def collate(
         torch.tensor([len(clip.tokens) for clip in clips], dtype=torch.int64),
         float(lengths.sum()) / FRAMES_PER_SECOND,
         tuple(clip.text for clip in clips),
+        tuple(clip.utterance_id for clip in clips),
+        views,
     )
 
 
@@ -250,7 +264,7 @@ class BatchStream:
                 for group in range(first, len(batches) - self._world + 1, self._world):
                     number = group + self._rank
                     rng = np.random.default_rng((self._seed, epoch, number))
-                    batch = collate(self._store, batches[number], self._fill, self._augment, rng)
+                    batch = collate(self._store, batches[number], self._fill, self._augment, rng, self._plan.views)
                     if not self._put((batch, Position(epoch, group + self._world))):
                         return
                 epoch, first = epoch + 1, 0

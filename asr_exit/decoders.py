@@ -12,18 +12,20 @@ from asr_exit.hinted_beam import HintedBeamDecoder
 from asr_exit.words import WORD_START
 
 if TYPE_CHECKING:
+    from asr_exit.backend import StreamingModel
     from asr_exit.stream import StreamOptions
-    from asr_exit.tokenizer import Tokenizer
 
 
-def make_decoder(options: StreamOptions, tokenizer: Tokenizer) -> CtcDecoder[Any]:
-    """The decoder that a stream asks for. Raises ConfigError for a phrase hint without any letter."""
+def make_decoder(options: StreamOptions, model: StreamingModel) -> CtcDecoder[Any]:
+    """The decoder that a stream asks for. Raises ConfigError for hints that cannot be used."""
     if options.decoder == "greedy":
         return GreedyDecoder()
     if not options.phrase_hints:
         return PrefixBeamDecoder(beam_size=options.beam_size)
+    tokenizer = getattr(model, "tokenizer", None)
+    require(tokenizer is not None, "this model holds its pieces, but not how to spell phrases: leave the hints out")
     hints = [(tokenizer.encode(hint.phrase), hint.boost) for hint in options.phrase_hints]
     for hint, (pieces, _) in zip(options.phrase_hints, hints, strict=True):
         require(bool(pieces), f"phrase hint {hint.phrase!r} holds no letter a to z: leave it out")
-    starts = frozenset(index for index, piece in enumerate(tokenizer.pieces) if piece.startswith(WORD_START))
+    starts = frozenset(index for index, piece in enumerate(model.pieces) if piece.startswith(WORD_START))
     return HintedBeamDecoder(beam_size=options.beam_size, trie=PhraseTrie(hints, starts))

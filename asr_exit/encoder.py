@@ -28,35 +28,44 @@ class EncoderOutput:
 
 
 class ExitHead(nn.Module):
-    """Normalisation and linear CTC layer."""
+    """Normalisation and linear CTC layer, with a hidden layer in between where shallow states need one (LGViT)."""
 
-    def __init__(self, d_model: int, vocab_size: int) -> None:
+    def __init__(self, d_model: int, vocab_size: int, hidden: int = 0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.out = nn.Linear(d_model, vocab_size)
+        self.hidden = nn.Linear(d_model, hidden) if hidden else None
+        self.out = nn.Linear(hidden or d_model, vocab_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, V) logits."""
-        return self.out(self.norm(x))
+        x = self.norm(x)
+        return self.out(x if self.hidden is None else nn.functional.silu(self.hidden(x)))
+
+    def macs_per_frame(self) -> int:
+        """Multiply-accumulates per frame."""
+        return self.out.weight.numel() + (0 if self.hidden is None else self.hidden.weight.numel())
 
 
 class Segment(nn.Module):
     """The layers between two exits, the exit after them, and the optional self-conditioning that feeds it back.
 
     Self-conditioning (arXiv 2104.02724) adds a projection of the exit's posteriors to the state that deeper segments
-    read, and the state handed on has unit root mean square times a learned gain: without that the residual stream
-    outgrows its branches, and deep layers can hardly change it. Every reader of the state normalises it first, so a
-    state can wait in an inbox, or be propagated past any number of segments, as it is.
+    read. The state handed on has unit root mean square: without that the residual stream outgrows its branches, and
+    deep layers can hardly change it. Every reader of the state normalises it first, so a state can wait in an inbox, or
+    be propagated past any number of segments, as it is.
     """
 
-    def __init__(self, config: ModelConfig, last: bool) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
+        last = index == config.num_exits - 1
         self.layers = cast(
             "list[ConformerBlock]", nn.ModuleList(ConformerBlock(config) for _ in range(config.exit_every))
         )
-        self.head = ExitHead(config.d_model, config.vocab_size)
+        hidden = config.head_hidden[index] if config.head_hidden else 0
+        self.head = ExitHead(config.d_model, config.vocab_size, hidden)
         self.feedback = nn.Linear(config.vocab_size, config.d_model) if config.self_conditioning and not last else None
-        self.gain = None if last else nn.Parameter(torch.ones(()))
+        self.gain = nn.Parameter(torch.ones(())) if config.handover_gain and not last else None
+        self.last = last
 
     def forward(
         self,
@@ -74,8 +83,9 @@ class Segment(nn.Module):
         if self.feedback is not None and logits is not None:
             fed_back = self.feedback(logits.softmax(dim=-1))
             x = x + (fed_back if gate is None else gate * fed_back)
-        if self.gain is not None:
-            x = nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) * self.gain.to(x.dtype)
+        if not self.last:
+            x = nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+            x = x if self.gain is None else x * self.gain.to(x.dtype)
         return x, logits
 
     def propagate(self, x: Tensor, context: FrameContext, states: Sequence[LayerState]) -> None:
@@ -99,13 +109,9 @@ class Encoder(nn.Module):
         self.subsampling = ConvSubsampling(num_mels, config.subsampling_channels, config.d_model, config.subsampling)
         self.segments = cast(
             "list[Segment]",
-            nn.ModuleList(Segment(config, last=index == config.num_exits - 1) for index in range(config.num_exits)),
+            nn.ModuleList(Segment(config, index) for index in range(config.num_exits)),
         )
-        for segment in self.segments:  # start every block near the identity, so that a grown segment disturbs nothing
-            for layer in segment.layers:
-                for projection in (layer.ff_in.down, layer.attention.out, layer.conv.out, layer.ff_out.down):
-                    nn.init.normal_(projection.weight, std=0.02 / (2 * config.num_layers) ** 0.5)
-                    nn.init.zeros_(projection.bias)
+        for segment in self.segments:
             if segment.feedback is not None:
                 nn.init.zeros_(segment.feedback.weight)
                 nn.init.zeros_(segment.feedback.bias)

@@ -2,7 +2,8 @@
 
 A step takes at most one chunk per stream and sweeps the segments from shallow to deep. At each segment the batch is
 exactly the streams that go on; those that leave put their chunk into the next segment's inbox (`catch_up`) or have the
-skipped layers filled at once (`propagate`, `hole`). Not thread-safe: one thread owns an engine.
+skipped layers filled at once (`propagate`, `hole`). What computes is behind `asr_exit.backend.Backend`; there are no
+tensors here. Not thread-safe: one thread owns an engine.
 """
 
 from __future__ import annotations
@@ -10,17 +11,15 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-import torch
 
+from asr_exit.backend import StreamingModel
 from asr_exit.budget import Budget, CostModel, DepthBudget
-from asr_exit.cache import CachePool
 from asr_exit.captions import Captions
-from asr_exit.checkpoint import Model
 from asr_exit.decoders import make_decoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
-from asr_exit.evidence import score
 from asr_exit.features import StreamingLogMel
 from asr_exit.policy import Reason
 from asr_exit.stream import Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
@@ -29,16 +28,14 @@ from asr_exit.stream import Chunk, ChunkResult, Fill, StepOutput, Stream, Stream
 class Engine:
     """Runs streams over one model."""
 
-    def __init__(self, model: Model, *, slots: int = 64, device: str | torch.device = "cpu") -> None:
+    def __init__(self, model: StreamingModel, *, slots: int = 64, device: Any = "cpu") -> None:
         """`slots`: most streams open at once. Memory per slot is fixed (caches of every layer)."""
-        self.model, self.config, self.encoder = model, model.config, model.encoder.to(device)
-        self.device = torch.device(device)
-        self.macs = model.macs
-        self.pool = CachePool(self.config, slots, self.encoder.subsampling.tail_shapes(), self.device)
+        self.model, self.config, self.macs = model, model.config, model.macs
+        self.backend = model.backend(slots, device)
         self.slots = slots
         self._streams: dict[int, Stream] = {}  # by slot
         self._load_cap = self.config.num_exits - 1
-        self.seconds_per_mac = self._measure_seconds_per_mac()
+        self.seconds_per_mac = self.backend.seconds_per_mac()
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -48,13 +45,13 @@ class Engine:
         Raises:
             CapacityError: every slot is taken. ConfigError: options that this model or device cannot meet.
         """
-        options, tokenizer = options or StreamOptions(), self.model.tokenizer
+        options = options or StreamOptions()
         chunk_frames = self.config.chunk_frames(options.chunk_ms)
         deepest = options.policy.deepest(self.config.num_exits)
         cost = self._cost_model(chunk_frames, options.fill)
         budget = DepthBudget(options.budget, cost, self.config.exit_layers)
-        captions = Captions(make_decoder(options, tokenizer), tokenizer.pieces, self.config.frame_ms)
-        slot = self.pool.acquire()  # nothing below may fail, or the slot would be lost
+        captions = Captions(make_decoder(options, self.model), self.model.pieces, self.config.frame_ms)
+        slot = self.backend.acquire()  # nothing below may fail, or the slot would be lost
         if slot is None:
             raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")
         stream = Stream(
@@ -101,13 +98,13 @@ class Engine:
         if not stream.closed:
             stream.closed = True
             del self._streams[stream.slot]
-            self.pool.release(stream.slot)
+            self.backend.release(stream.slot)
             for inbox in stream.inboxes:
                 inbox.clear()
 
     def set_budget(self, stream: Stream, budget: Budget) -> None:
         """Change a stream's budget from its next chunk on. Raises ConfigError when it cannot be met."""
-        stream.budget.update(budget)
+        stream.budget.update(budget, self._cost_model(stream.chunk_frames, stream.options.fill))
 
     def set_load_ceiling(self, exit_index: int | None) -> None:
         """Deepest exit that load allows; None = no limit."""
@@ -116,7 +113,7 @@ class Engine:
 
     @property
     def free_slots(self) -> int:
-        return len(self.pool.free)
+        return self.backend.free_slots
 
     def ready(self) -> int:
         """Streams that the next step would serve."""
@@ -136,21 +133,8 @@ class Engine:
         ]
         return CostModel.from_chunk(costs, chunk_frames * self.config.frame_ms / 1000, self.seconds_per_mac)
 
-    @torch.inference_mode()
-    def _measure_seconds_per_mac(self) -> float:
-        """Time of one multiply-accumulate at batch 1 on this device: median over a few full-depth chunks."""
-        frames, times = self.config.max_chunk_frames, []
-        features = torch.zeros(1, frames * self.config.subsampling, self.config.features.num_mels, device=self.device)
-        lengths = torch.tensor([features.shape[1]], device=self.device)
-        for _ in range(7):
-            begin = time.perf_counter()
-            self.encoder(features, lengths, chunk_frames=frames).logits[-1].cpu()
-            times.append(time.perf_counter() - begin)
-        return float(np.median(times[2:])) / self.macs.full(frames)
-
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def step(self) -> StepOutput:
         """Serve every ready stream one chunk. Streams that fail are closed and reported; the others never notice."""
         begin = time.perf_counter()
@@ -179,13 +163,17 @@ class Engine:
         for stream in served:
             with _blame([stream]):
                 if stream.failure is None:
-                    stream.budget.spend(stream.step_macs, self._audio_seconds(stream))
                     stream.total_macs += stream.step_macs
                     results.append(self._result(stream))
             if stream.failure is not None:
                 failures.append((stream, stream.failure))
                 self.close(stream)
-        return StepOutput(results, failures, 1000 * (time.perf_counter() - begin))
+        seconds = time.perf_counter() - begin
+        total_macs = max(1, sum(result.encoder_macs for result in results))
+        for result in results:
+            stream, macs = result.stream, result.encoder_macs
+            stream.budget.spend(macs, self._audio_seconds(stream), seconds * macs / total_macs)
+        return StepOutput(results, failures, 1000 * seconds)
 
     def _audio_seconds(self, stream: Stream) -> float:
         return 0.0 if stream.current is None else stream.current.frames * self.config.frame_ms / 1000
@@ -200,15 +188,8 @@ class Engine:
                 groups[-(-len(features) // factor)].append((stream, features))
         for frames, members in groups.items():
             with _blame([stream for stream, _ in members]):
-                padded = np.zeros((len(members), frames * factor, self.config.features.num_mels), np.float32)
-                for row, (_, features) in enumerate(members):
-                    padded[row, : len(features)] = features
-                batch = self.encoder.normalise(torch.from_numpy(padded).to(self.device))
-                for row, (_, features) in enumerate(members):
-                    batch[row, len(features) :] = 0.0
-                slots = torch.tensor([stream.slot for stream, _ in members], device=self.device)
-                states, tails = self.encoder.subsampling(batch, self.pool.swap_tails(slots))
-                self.pool.swap_tails(slots, tails)
+                slots = np.array([stream.slot for stream, _ in members])
+                states = self.backend.subsample(slots, [features for _, features in members], frames)
                 for (stream, _), state in zip(members, states, strict=True):
                     stream.current = Chunk(stream.chunks, stream.next_frame, frames, state)
                     stream.chunks += 1
@@ -248,19 +229,22 @@ class Engine:
 
     def _run_batch(self, segment: int, frames: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
         slots = np.array([stream.slot for stream, _ in members])
-        before = torch.stack([chunk.state for _, chunk in members])
-        context, states = self.pool.begin(segment, slots, frames, chunk_frames)
         judged = any(stream.options.policy.needs_evidence for stream, _ in members)
         read = judged or any(segment >= stream.cap for stream, _ in members)
-        after, logits = self.encoder.segments[segment](before, context, states, want_logits=read)
+        states, scores = self.backend.run(
+            segment,
+            slots,
+            [chunk.state for _, chunk in members],
+            frames,
+            chunk_frames,
+            [chunk.scores for _, chunk in members],
+            read=read,
+            want_log_probs=any(stream.options.decoder == "beam" for stream, _ in members),
+            want_evidence=judged,
+        )
         cost = self.macs.segment(segment, frames, with_head=read)
-        scores = None
-        if read:
-            beams = any(stream.options.decoder == "beam" for stream, _ in members)
-            previous = [None if chunk.scores is None else chunk.scores.frames.ids for _, chunk in members]
-            scores = score(logits, before, after, previous, beams, judged)
         for row, (stream, chunk) in enumerate(members):
-            chunk.state, chunk.exit_index = after[row], segment
+            chunk.state, chunk.exit_index = states[row], segment
             stream.step_macs += cost
             if scores is not None:
                 chunk.scores = scores[row]
@@ -309,11 +293,10 @@ class Engine:
                 with _blame([stream for stream, _ in members]):
                     slots = np.array([stream.slot for stream, _ in members])
                     if propagates:
-                        context, states = self.pool.begin(segment, slots, frames, chunk_frames)
-                        state = torch.stack([chunk.state for _, chunk in members])
-                        self.encoder.segments[segment].propagate(state, context, states)
+                        waiting = [chunk.state for _, chunk in members]
+                        self.backend.propagate(segment, slots, waiting, frames, chunk_frames)
                     else:
-                        self.pool.leave_hole(segment, slots, frames)
+                        self.backend.leave_hole(segment, slots, frames)
                 for stream, chunk in members:
                     stream.step_macs += self.macs.propagate(frames) if propagates else 0
                     if segment < stream.deepest:

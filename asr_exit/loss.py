@@ -1,4 +1,4 @@
-"""CTC at every exit.
+"""CTC at every exit, and what exits or views teach each other.
 
 Shapes: B batch, T encoder frames, V vocabulary.
 """
@@ -42,6 +42,38 @@ def exit_losses(logits: Sequence[Tensor], lengths: Tensor, targets: Tensor, targ
         zero_infinity=True,
     )
     return each.view(exits, -1).sum(dim=1) / target_lengths.sum().clamp(min=1)
+
+
+def consistency_loss(logits: Sequence[Tensor], lengths: Tensor, target_lengths: Tensor) -> Tensor:
+    """Symmetric divergence between the posteriors of two views of each utterance (CR-CTC, arXiv 2410.05101).
+
+    Args:
+        logits: per exit (2 B, T, V); row b + B is another view of row b, frame by frame.
+    Returns:
+        Per exit, divided by the number of target tokens, (exits,) fp32. Each view learns from the other, held fixed.
+    """
+    log_probs = torch.stack([item.float().log_softmax(dim=-1) for item in logits])
+    first, second = log_probs.chunk(2, dim=1)
+    divergence = 0.5 * (_divergence(first.detach(), second) + _divergence(second.detach(), first))
+    half = len(lengths) // 2
+    return _per_token(divergence, lengths[:half], target_lengths[:half])
+
+
+def distillation_losses(logits: Sequence[Tensor], lengths: Tensor, target_lengths: Tensor) -> Tensor:
+    """Divergence of every exit but the last from the last, which is held fixed, (exits - 1,) fp32 per target token."""
+    log_probs = torch.stack([item.float().log_softmax(dim=-1) for item in logits])
+    return _per_token(_divergence(log_probs[-1:].detach(), log_probs[:-1]), lengths, target_lengths)
+
+
+def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of log-posteriors (..., V), summed over V."""
+    return (teacher.exp() * (teacher - student)).sum(dim=-1)
+
+
+def _per_token(divergence: Tensor, lengths: Tensor, target_lengths: Tensor) -> Tensor:
+    """(exits, B, T) summed over valid frames, divided by the number of tokens, (exits,)."""
+    valid = torch.arange(divergence.shape[-1], device=lengths.device) < lengths[:, None]
+    return (divergence * valid).sum(dim=(1, 2)) / target_lengths.sum().clamp(min=1)
 
 
 def random_depth(batch: int, chunks: int, num_segments: int, generator: torch.Generator | None = None) -> Tensor:

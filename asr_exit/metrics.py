@@ -87,6 +87,39 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def bootstrap_reduction(
+    references: Sequence[str],
+    before: Sequence[str],
+    after: Sequence[str],
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Relative reduction of the word error rate from `before` to `after`, resampling utterances in pairs.
+
+    Returns:
+        (reduction, low, high): 0.15 means 15 % fewer errors; a low above 0 means `after` is better at `level`.
+    Raises:
+        ConfigError: lengths differ, nothing to resample, no error to reduce, or `level` outside (0, 1).
+    """
+    _check_paired(references, before)
+    _check_paired(references, after)
+    if not references or not 0.0 < level < 1.0:
+        raise ConfigError("bootstrap needs at least one utterance and a level between 0 and 1")
+    errors = np.array(
+        [[word_errors(r, text).errors for text in pair] for r, *pair in zip(references, before, after, strict=True)],
+        dtype=np.float64,
+    )
+    if errors[:, 0].sum() == 0:
+        raise ConfigError("there is no error to reduce")
+    picks = np.random.default_rng(seed).integers(0, len(errors), size=(resamples, len(errors)))
+    sums = errors[picks].sum(axis=1)
+    reductions = 1.0 - sums[:, 1] / np.maximum(sums[:, 0], 1.0)
+    low, high = np.quantile(reductions, [(1 - level) / 2, (1 + level) / 2])
+    return float(1.0 - errors[:, 1].sum() / errors[:, 0].sum()), float(low), float(high)
+
+
 def _check_paired(references: Sequence[str], hypotheses: Sequence[str]) -> None:
     if len(references) != len(hypotheses):
         raise ConfigError(f"{len(references)} references but {len(hypotheses)} hypotheses; give one for each")

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from asr_exit.checkpoint import Model
 from asr_exit.ctc import FrameScores
-from asr_exit.engine import Engine, make_decoder
+from asr_exit.decoders import make_decoder
+from asr_exit.engine import Engine
 from asr_exit.errors import AudioError
 from asr_exit.features import log_mel
-from asr_exit.stream import ChunkResult, StreamOptions
-from asr_exit.words import Word, text_from_words, words_from_tokens
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What was said, and what it cost."""
-
-    text: str
-    words: tuple[Word, ...]
-    chunks: tuple[ChunkResult, ...]  # empty for an offline pass
-    encoder_macs: int
-    full_macs: int  # of the same audio at full depth
-    audio_seconds: float
-
-    @property
-    def mean_exit_layer(self) -> float:
-        """Mean over the chunks; 0 when there are none."""
-        layers = [chunk.exit_layer for chunk in self.chunks if chunk.chunk_ms > 0]
-        return sum(layers) / len(layers) if layers else 0.0
+from asr_exit.stream import StreamOptions
+from asr_exit.transcript import Transcript, transcribe
+from asr_exit.words import text_from_words, words_from_tokens
 
 
 class Recognizer:
@@ -47,30 +29,7 @@ class Recognizer:
         Raises:
             AudioError: samples of the wrong type or not finite. EngineError: computation failed.
         """
-        engine = self._engine
-        stream = engine.open(self.options)
-        finals: list[ChunkResult] = []
-        chunks: list[ChunkResult] = []
-        try:
-            engine.push(stream, samples)
-            engine.finish(stream)
-            while not stream.ended:
-                output = engine.step()
-                for _, error in output.failures:
-                    raise error
-                chunks += output.results
-            finals = [result for result in chunks if result.is_final]
-        finally:
-            engine.close(stream)
-        frames = stream.next_frame
-        return Transcript(
-            text=" ".join(result.committed for result in finals if result.committed),
-            words=tuple(word for result in finals for word in result.words),
-            chunks=tuple(chunks),
-            encoder_macs=stream.total_macs,
-            full_macs=engine.macs.full(frames),
-            audio_seconds=len(samples) / self.model.config.features.sample_rate_hertz,
-        )
+        return transcribe(self._engine, samples, self.options)
 
     @torch.inference_mode()
     def log_posteriors(self, samples: np.ndarray, chunk_ms: float | None) -> list[np.ndarray]:
@@ -97,7 +56,7 @@ class Recognizer:
         config, options = self.model.config, self.options
         exit_index = options.policy.max_exit(config.num_exits)
         log_probs = self.log_posteriors(samples, chunk_ms)[exit_index]
-        decoder = make_decoder(options, self.model.tokenizer)
+        decoder = make_decoder(options, self.model)
         frames = FrameScores(log_probs.argmax(axis=-1), log_probs.max(axis=-1, initial=-np.inf), log_probs)
         state = decoder.advance(decoder.initial(), frames)
         words = words_from_tokens(state.tokens(), self.model.tokenizer.pieces, config.frame_ms)

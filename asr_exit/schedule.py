@@ -23,6 +23,7 @@ class Stage:
     max_seconds: float
     augment: bool
     learning_rate: float
+    heads_only: bool = False  # all but the exit heads is frozen (second stage of LGViT, arXiv 2308.00255)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TrainConfig:
     seed: int = 1
     min_seconds: float = 0.5
     corpus_shares: tuple[tuple[str, float], ...] = ()
+    speeds: tuple[float, ...] = ()  # of speed perturbation; empty: all that prepare made
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     warmup_updates: int = 200
     stage_warmup_updates: int = 50
@@ -49,7 +51,13 @@ class TrainConfig:
     ema_decay: float = 0.999
     # (chunk frames, weight of the draw), 0 frames: full context
     chunk_weights: tuple[tuple[int, float], ...] = ((2, 1.0), (4, 2.0), (8, 5.0), (16, 2.0), (0, 1.0))
+    left_weights: tuple[tuple[int, float], ...] = ()  # likewise for the left context; empty: always the model's
     random_depth_probability: float = 0.25  # of batches that run all segments
+    random_depth_fill: str = "propagate"  # what skipped layers see, as in serving; or "hole"
+    exit_weights: tuple[float, ...] = ()  # of the exits' losses, shallow to deep; empty: equal
+    consistency_weight: float = 0.0  # CR-CTC, arXiv 2410.05101; above 0 every utterance comes in two views
+    distillation_weight: float = 0.0  # of the deepest exit into all others
+    accumulate: int = 1  # batches per update and process
     shallow_probability: float = 0.0  # of batches that run only a random number of the first segments (Sorted LLaMA)
     bf16: bool = True
     checkpoint_seconds: float = 120.0
@@ -60,8 +68,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         stages = tuple(from_mapping(Stage, s, "stages") if isinstance(s, Mapping) else s for s in self.stages)
         object.__setattr__(self, "stages", stages)
-        for name in ("corpus_shares", "chunk_weights"):  # JSON has lists
+        for name in ("corpus_shares", "chunk_weights", "left_weights"):  # JSON has lists
             object.__setattr__(self, name, tuple(tuple(item) for item in getattr(self, name)))
+        for name in ("exit_weights", "speeds"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         require((self.minutes is None) != (self.hours is None), "set one of minutes and hours")
         require((self.minutes or self.hours or 0.0) > 0, "minutes or hours must be positive")
         ends = [stage.until for stage in stages]
@@ -75,6 +85,17 @@ class TrainConfig:
             all(0 <= frames <= self.model.max_chunk_frames for frames, _ in self.chunk_weights),
             f"chunks must be 0 (full context) to {self.model.max_chunk_frames} frames",
         )
+        longest = self.model.left_context_frames
+        require(
+            all(0 <= frames <= longest for frames, _ in self.left_weights),
+            f"left contexts must be 0 to {longest} frames, what the model keeps when streaming",
+        )
+        require(self.random_depth_fill in ("propagate", "hole"), "random_depth_fill must be propagate or hole")
+        require(
+            len(self.exit_weights) in (0, self.model.num_exits) and all(weight > 0 for weight in self.exit_weights),
+            f"exit_weights must be {self.model.num_exits} positive numbers, or none",
+        )
+        require(self.accumulate >= 1, "accumulate must be at least 1")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -91,7 +112,10 @@ class TrainConfig:
 
     def plan(self, stage: Stage) -> BatchPlan:
         """How that stage's batches are cut."""
-        return BatchPlan(stage.batch_seconds, stage.max_seconds, self.min_seconds, self.corpus_shares)
+        views = 2 if self.consistency_weight > 0 and stage.augment else 1
+        return BatchPlan(
+            stage.batch_seconds, stage.max_seconds, self.min_seconds, self.corpus_shares, views, self.speeds
+        )
 
     def learning_rate(self, stage: Stage, progress: float, updates: int, stage_updates: int) -> float:
         """Warm-up at the start and, shorter, after each growth; then constant; then half a cosine."""

@@ -8,8 +8,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Literal
 
-from torch import Tensor
-
+from asr_exit.backend import State
 from asr_exit.biasing import PhraseHint
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
@@ -77,7 +76,7 @@ class Chunk:
     index: int
     start_frame: int
     frames: int
-    state: Tensor  # (T, D) input of the next segment
+    state: State  # (T, D) input of the next segment
     exit_index: int = -1  # deepest exit computed so far
     scores: ExitScores | None = None  # of the deepest exit that was read
     settled: bool = False  # no deeper answer will come

@@ -1,34 +1,35 @@
-"""The training loop: staged growth, CTC at every exit, moving-average weights, exact resume, time-boxed schedule.
+"""The training loop: staged growth, moving-average weights, exact resume, time-boxed schedule.
 
-A run folder holds: config.json, tokenizer.model, data.json, provenance.json, log.jsonl, state.pt (resume) and
-ema.safetensors (the model).
+What a run writes is in `run_folder`, what it minimises in `objective`, when it does what in `schedule`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from asr_exit.augment import Augment
-from asr_exit.data import Batch, BatchStream, Clip, FeatureStore, Position, collate
-from asr_exit.encoder import Encoder, Segment
+from asr_exit.data import Batch, BatchStream, FeatureStore, Position
+from asr_exit.encoder import Encoder
 from asr_exit.errors import CheckpointError, ConfigError, EngineError
-from asr_exit.loss import ctc_loss, exit_losses, random_depth
-from asr_exit.metrics import wer
+from asr_exit.objective import Draw, draw, objective
 from asr_exit.parallel import Group
+from asr_exit.reporting import Reporter
+from asr_exit.run_folder import RunFolder
 from asr_exit.schedule import Stage, TrainConfig
-from asr_exit.tokenizer import BLANK_ID, Tokenizer
+from asr_exit.tokenizer import Tokenizer
+from asr_exit.validation import validate
+
+# settings of how long and by how many processes a run is trained; two processes equal one that accumulates two batches
+MAY_CHANGE = ("minutes", "hours", "accumulate", "checkpoint_seconds", "evaluate_seconds", "evaluate_utterances")
 
 
 @dataclass
@@ -42,15 +43,6 @@ class Progress:
     seconds_seen: float = 0.0
     wall_seconds: float = 0.0
     bad_updates: int = 0  # in a row
-
-
-def greedy_texts(logits: Tensor, lengths: Tensor, tokenizer: Tokenizer) -> list[str]:
-    """Best path of (B, T, V), repeats and blanks removed."""
-    texts = []
-    for row, length in zip(logits.argmax(dim=-1), lengths.tolist(), strict=True):
-        ids = torch.unique_consecutive(row[:length]).tolist()
-        texts.append(tokenizer.decode([index for index in ids if index != BLANK_ID]))
-    return texts
 
 
 class Trainer:
@@ -86,7 +78,13 @@ class Trainer:
         self.dev = FeatureStore(data / "dev", self.tokenizer) if any((data / "dev").glob("*.json")) else None
         self.mean = np.array(self.description["feature_mean"], np.float32)
         noise = data / "noise"
-        self.augment = Augment(config.augment, self.mean, FeatureStore(noise) if any(noise.glob("*.json")) else None)
+        self.augment = Augment(
+            config.augment,
+            self.mean,
+            FeatureStore(noise) if any(noise.glob("*.json")) else None,
+            config.model.features,
+            self.description.get("room_envelopes", ()),
+        )
         torch.manual_seed(config.seed)
         self.model = Encoder(config.model)
         self.model.set_feature_stats(
@@ -105,75 +103,54 @@ class Trainer:
         )
         self.progress = Progress()
         self._measured_at = 0.0  # when wall-clock time was booked last
-        out.mkdir(parents=True, exist_ok=True)
-        self._write("config.json", json.dumps(config.to_dict(), indent=1))
-        self._write("data.json", json.dumps(self.description, indent=1))
-        self._write("tokenizer.model", self.tokenizer.proto)
+        first = self.group.rank == 0
+        self.folder, self.report = RunFolder(out, first), Reporter(out, first)
+        self.folder.write("config.json", json.dumps(config.to_dict(), indent=1))
+        self.folder.write("data.json", json.dumps(self.description, indent=1))
+        self.folder.write("tokenizer.model", self.tokenizer.proto)
         self.provenance = provenance or {}
 
     # ---- files
 
-    def _write(self, name: str, content: str | bytes) -> None:
-        if self.group.rank:
-            return
-        temporary = self.out / f".{name}.tmp"
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(self.out / name)
-
     def _write_provenance(self) -> None:
         seen = {"hours_seen": round(self.progress.seconds_seen / 3600, 2), "updates": self.progress.updates}
         minutes = {"wall_minutes": round(self.progress.wall_seconds / 60, 1)}
-        self._write("provenance.json", json.dumps({**self.provenance, **seen, **minutes}, indent=1))
-
-    def _log(self, **values: Any) -> None:
-        if self.group.rank:
-            return
-        line = json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in values.items()})
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(line + "\n")
-        print(line, flush=True)
+        self.folder.write("provenance.json", json.dumps({**self.provenance, **seen, **minutes}, indent=1))
 
     def save(self) -> None:
-        """Write state.pt by rename: a kill at any moment leaves the one before."""
-        if self.group.rank:
-            return
-        state = {
-            "config": self.config.to_dict(),
-            "model": self.model.state_dict(),
-            "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(),
-            "progress": asdict(self.progress),
-        }
-        temporary = self.out / ".state.pt.tmp"
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.out / "state.pt")
+        """Write state.pt."""
+        self.folder.save_state(
+            {
+                "config": self.config.to_dict(),
+                "model": self.model.state_dict(),
+                "ema": self.ema,
+                "optimizer": self.optimizer.state_dict(),
+                "progress": asdict(self.progress),
+            }
+        )
 
     def export(self) -> None:
         """Write ema.safetensors and what made it."""
-        if self.group.rank:
-            return
         self._write_provenance()
-        temporary = self.out / ".ema.safetensors.tmp"
-        save_file({name: value.cpu().contiguous() for name, value in self.ema.items()}, temporary)
-        temporary.replace(self.out / "ema.safetensors")
+        self.folder.export(self.ema)
 
     def resume(self) -> None:
         """Continue from state.pt; a fresh start where there is none.
 
         Raises:
-            CheckpointError: the state is of another configuration (the run's length may differ).
+            CheckpointError: the state is damaged, or of another configuration (`MAY_CHANGE` may differ).
         """
-        path = self.out / "state.pt"
-        if not path.is_file():
+        state = self.folder.load_state(self.device)
+        if state is None:
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        ours, theirs = json.loads(json.dumps(self.config.to_dict())), json.loads(json.dumps(state["config"]))
-        changed = [key for key in ours if key not in ("minutes", "hours") and ours[key] != theirs.get(key)]
+        ours, theirs = (
+            json.loads(json.dumps(c.to_dict())) for c in (self.config, TrainConfig.from_dict(state["config"]))
+        )
+        changed = [key for key in ours if key not in MAY_CHANGE and ours[key] != theirs[key]]
         if changed:
-            raise CheckpointError(f"{path} was made with other settings ({', '.join(changed)}); use another run folder")
+            raise CheckpointError(
+                f"{self.out / 'state.pt'} was made with other settings ({', '.join(changed)}); use another run folder"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema = state["ema"]
@@ -189,45 +166,30 @@ class Trainer:
         assert self.config.hours is not None
         return self.progress.seconds_seen / 3600 / self.config.hours
 
-    def _loss(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Scalar to minimise, and what to log: a loss per exit, or the single one of a random-depth batch."""
-        rng = np.random.default_rng((self.config.seed, self.progress.updates))  # alike in all processes
-        weights = np.array([weight for _, weight in self.config.chunk_weights])
-        chunk = self.config.chunk_weights[int(rng.choice(len(weights), p=weights / weights.sum()))][0]
-        features, lengths = batch.features.to(self.device), batch.feature_lengths.to(self.device)
-        targets, target_lengths = batch.targets.to(self.device), batch.target_lengths.to(self.device)
-        segments = stage.segments
-        if rng.random() < self.config.shallow_probability:
-            segments = int(rng.integers(1, max(2, segments)))
-        mixed = segments == self.config.model.num_exits and chunk > 0
-        mixed = mixed and rng.random() < self.config.random_depth_probability
-        depth = None
-        if mixed:
-            frames = -(-features.shape[1] // self.config.model.subsampling)
-            generator = torch.Generator().manual_seed(int(rng.integers(2**40)) + self.group.rank)
-            depth = random_depth(len(features), -(-frames // chunk), segments, generator).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            output = self.model(features, lengths, chunk_frames=chunk or None, num_segments=segments, chunk_depth=depth)
-        if output.mixed_logits is not None:
-            loss = ctc_loss(output.mixed_logits, output.lengths, targets, target_lengths)
-            return loss, loss.detach()[None]
-        losses = exit_losses(output.logits, output.lengths, targets, target_lengths)
-        return losses.mean(), losses.detach()
+    def _loss(self, batch: Batch, drawn: Draw) -> tuple[Tensor, Tensor]:
+        """Scalar to minimise, and what to log: a loss per exit, or the single one of a mixed-depth batch."""
+        return objective(self.model, batch, self.config, drawn, self.device, self.group.rank)
 
-    def _update(self, batch: Batch, stage: Stage) -> tuple[list[float], float] | None:
-        """One step. Returns the losses and the gradient norm, or None when they were not finite (skipped)."""
+    def _update(self, batches: list[Batch], stage: Stage) -> tuple[list[float], float] | None:
+        """One step over one or more batches. Returns the losses and the gradient norm, or None when they were not
+        finite (skipped)."""
         progress = self.progress
         rate = self.config.learning_rate(stage, self._share(), progress.updates, progress.stage_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss, losses = self._loss(batch, stage)
-        loss.backward()
+        drawn = draw(self.config, stage, progress.updates)
+        total: Tensor | None = None
+        for batch in batches:
+            loss, losses = self._loss(batch, drawn)
+            (loss / len(batches)).backward()
+            total = losses if total is None else total + losses
+        assert total is not None
         now = time.monotonic()
         wall = now - self._measured_at if self.group.rank == 0 else 0.0
         self._measured_at = now  # everything between two of these points counts, whatever it was
         *mean_losses, seconds, wall = self.group.reduce_gradients(
-            self._parameters, [*losses.tolist(), batch.seconds, wall]
+            self._parameters, [*(total / len(batches)).tolist(), sum(batch.seconds for batch in batches), wall]
         )
         mean_losses = [value / self.group.size for value in mean_losses]
         progress.seconds_seen += seconds
@@ -249,19 +211,16 @@ class Trainer:
         return mean_losses, norm
 
     def _grow(self, before: int, after: int) -> None:
-        """New segments start as copies of the last one trained so far, their residual branches at half strength.
+        """New segments start from their random initialisation with the exit head of the last one trained so far.
 
-        Progressive stacking (Gong et al., ICML 2019). Branches that start near zero stay there for long: the residual
-        stream has outgrown them by then, and deep exits stay as good as the one they were copied from.
+        Their branches are small against the normalised state at first, so the copied head works at once. Copies of
+        whole segments (progressive stacking) and branches that start near zero both ended as near-identities.
         """
-        segments = [segment for segment in self.model.segments if isinstance(segment, Segment)]
-        source = segments[before - 1].state_dict()
-        for segment in segments[before:after]:
-            segment.load_state_dict({name: value for name, value in source.items() if name in segment.state_dict()})
-            for layer in segment.layers:
-                for projection in (layer.ff_in.down, layer.attention.out, layer.conv.out, layer.ff_out.down):
-                    for parameter in projection.parameters():
-                        parameter.data.mul_(0.5)
+        source = self.model.segments[before - 1].head.state_dict()
+        for segment in self.model.segments[before:after]:
+            own = segment.head.state_dict()
+            fitting = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}
+            segment.head.load_state_dict({**own, **fitting})
         current = self.model.state_dict()
         for index in range(before, after):
             for name in self.ema:
@@ -276,16 +235,18 @@ class Trainer:
         progress = self.progress
         self._measured_at = time.monotonic()
         last_evaluation: dict[str, Any] = {}
-        while self._share() < 1.0 and not self._stopped():
-            stage_index = self.config.stage_index(self._share())
-            if stage_index != progress.stage:
-                before, after = self.config.stages[progress.stage].segments, self.config.stages[stage_index].segments
-                if after > before:
-                    self._grow(before, after)
-                progress.stage, progress.stage_updates, progress.position = stage_index, 0, Position()
-            last_evaluation = self._run_stage(self.config.stages[stage_index]) or last_evaluation
-        last_evaluation = self.evaluate()
-        self._log(event="done", **last_evaluation)
+        with self.report:
+            while self._share() < 1.0 and not self._stopped():
+                stage_index = self.config.stage_index(self._share())
+                if stage_index != progress.stage:
+                    stages = self.config.stages
+                    before, after = stages[progress.stage].segments, stages[stage_index].segments
+                    if after > before:
+                        self._grow(before, after)
+                    progress.stage, progress.stage_updates, progress.position = stage_index, 0, Position()
+                last_evaluation = self._run_stage(self.config.stages[stage_index]) or last_evaluation
+            last_evaluation = self.evaluate()
+            self.report.line(event="done", updates=progress.updates, **last_evaluation)
         self.save()
         self.export()
         return last_evaluation
@@ -293,11 +254,16 @@ class Trainer:
     def _stopped(self) -> bool:
         return self.max_updates is not None and self.progress.updates >= self.max_updates
 
+    def _freeze(self, stage: Stage) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not stage.heads_only or ".head." in name)
+
     def _run_stage(self, stage: Stage) -> dict[str, Any]:
         progress, config = self.progress, self.config
         evaluation: dict[str, Any] = {}
         saved = evaluated = logged = progress.wall_seconds
         seen_at_log, losses_at_log = progress.seconds_seen, []
+        self._freeze(stage)
         stream = BatchStream(
             self.store,
             config.plan(stage),
@@ -309,85 +275,70 @@ class Trainer:
             rank=self.group.rank,
             world=self.group.size,
         )
+        waiting: list[Batch] = []
         with stream as batches:
             for batch, position in batches:
-                result = self._update(batch, stage)
+                waiting.append(batch)
+                if len(waiting) < config.accumulate:
+                    continue
+                result = self._update(waiting, stage)
+                waiting = []
                 now = progress.wall_seconds
                 progress.updates += 1
                 progress.stage_updates += 1
                 progress.position = position
                 if result is None:
-                    self._log(event="skipped", updates=progress.updates, bad_updates=progress.bad_updates)
+                    self.report.line(event="skipped", updates=progress.updates, bad_updates=progress.bad_updates)
                 elif len(result[0]) == stage.segments:
                     losses_at_log.append(result[0])
                 ended = config.stage_index(self._share()) != progress.stage or self._share() >= 1 or self._stopped()
                 if (now - logged > 20 or ended) and losses_at_log:
-                    self._log(
+                    losses = [round(float(x), 3) for x in np.mean(losses_at_log, axis=0)]
+                    rate = (progress.seconds_seen - seen_at_log) / max(1e-9, now - logged)
+                    share, hours = self._share(), progress.seconds_seen / 3600
+                    self.report.line(
                         updates=progress.updates,
                         stage=progress.stage,
-                        share=self._share(),
-                        hours_seen=progress.seconds_seen / 3600,
-                        audio_seconds_per_second=(progress.seconds_seen - seen_at_log) / max(1e-9, now - logged),
-                        losses=[round(float(x), 3) for x in np.mean(losses_at_log, axis=0)],
+                        share=share,
+                        hours_seen=hours,
+                        audio_seconds_per_second=rate,
+                        losses=losses,
                         norm=result[1] if result else float("nan"),
                         learning_rate=self.optimizer.param_groups[0]["lr"] * 1000,
                         minutes=progress.wall_seconds / 60,
                     )
+                    self.report.advance(share, hours, rate, losses)
                     logged, seen_at_log, losses_at_log = now, progress.seconds_seen, []
                 if now - saved > config.checkpoint_seconds:
                     self.save()
                     saved = now
                 if now - evaluated > config.evaluate_seconds or (ended and stage.until < 1):
                     evaluation = self.evaluate(stage.segments)
-                    self._log(event="evaluation", minutes=progress.wall_seconds / 60, **evaluation)
+                    minutes = progress.wall_seconds / 60
+                    self.report.line(event="evaluation", updates=progress.updates, minutes=minutes, **evaluation)
                     self.export()
                     evaluated = now
                 if ended:
                     return evaluation
         return evaluation
 
-    def dev_batches(self, limit: int | None) -> Iterator[Batch]:
-        """Held-out clips in batches of similar length; `limit` spreads over the whole set."""
+    def evaluate(self, segments: int | None = None) -> dict[str, Any]:
+        """`validate` on the held-out clips with the moving-average weights; empty without such clips."""
         if self.dev is None:
-            return
-        clips = sorted(self.dev.clips, key=lambda clip: clip.utterance_id)
-        if limit is not None and len(clips) > limit:
-            clips = [clips[i] for i in np.linspace(0, len(clips) - 1, limit).astype(int)]
-        group: list[Clip] = []
-        for clip in sorted(clips, key=lambda clip: clip.frames):
-            if group and clip.frames * (len(group) + 1) > 12_000:
-                yield collate(self.dev, group, self.mean)
-                group = []
-            group.append(clip)
-        if group:
-            yield collate(self.dev, group, self.mean)
-
-    def evaluate(self, segments: int | None = None, limit: int | None = None) -> dict[str, Any]:
-        """Greedy word error rate of every exit on held-out clips, moving-average weights, 8-frame chunks."""
+            return {}
         trained = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.ema)
-        mine: list[tuple[str, list[str]]] = []  # reference, hypothesis per exit
-        with torch.inference_mode():
-            for number, batch in enumerate(self.dev_batches(limit or self.config.evaluate_utterances)):
-                if number % self.group.size != self.group.rank:
-                    continue
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-                    output = self.model(
-                        batch.features.to(self.device),
-                        batch.feature_lengths.to(self.device),
-                        chunk_frames=min(8, self.config.model.max_chunk_frames),
-                        num_segments=segments,
-                    )
-                by_exit = [greedy_texts(logits, output.lengths, self.tokenizer) for logits in output.logits]
-                mine += zip(batch.texts, map(list, zip(*by_exit, strict=True)), strict=True)
-        self.model.load_state_dict(trained)
-        pairs = [pair for part in self.group.gather(mine) for pair in part]
-        if not pairs:
-            return {}
-        references = [reference for reference, _ in pairs]
-        rates = [wer(references, texts).rate for texts in zip(*(texts for _, texts in pairs), strict=True)]
-        return {
-            "wer": [round(rate, 4) for rate in rates],
-            "utterances": len(references),
-            "example": [references[-1], pairs[-1][1][-1]],
-        }
+        try:
+            return validate(
+                self.model,
+                self.dev,
+                self.tokenizer,
+                self.mean,
+                segments=segments,
+                limit=self.config.evaluate_utterances,
+                bf16=self.config.bf16,
+                device=self.device,
+                group=self.group,
+            )
+        finally:
+            self.model.load_state_dict(trained)

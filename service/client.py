@@ -13,6 +13,7 @@ from asr_exit.audio import Encoding
 from asr_exit.budget import Budget
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
+from service.results import Caption, CaptionWord, ChunkDepth
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,44 +41,6 @@ class ServiceError(Exception):
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkDepth:
-    """Depth and cost of one chunk of audio. Times are milliseconds from the start of the stream."""
-
-    index: int
-    start_ms: float
-    end_ms: float
-    exit_layer: int
-    decision: str  # confident, budget, load, full, final
-    encoder_macs: int
-    latency_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class CaptionWord:
-    """One word with its times from the start of the stream."""
-
-    text: str
-    start_ms: float
-    end_ms: float
-    confidence: float
-
-
-@dataclass(frozen=True, slots=True)
-class Caption:
-    """One result: a final one stays, an interim one replaces the interim one before."""
-
-    text: str
-    committed: str  # the part of `text` that is settled
-    is_final: bool
-    stability: float
-    confidence: float
-    end_ms: float  # audio processed so far
-    latency_ms: float
-    words: tuple[CaptionWord, ...]
-    chunks: tuple[ChunkDepth, ...]  # since the caption before
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from asr_exit.checkpoint import Model, load, save_model
 from asr_exit.config import ModelConfig
 from asr_exit.encoder import Encoder
 from asr_exit.errors import AsrExitError, CheckpointError
+from asr_exit.run_folder import RunFolder
 from asr_exit.tokenizer import Tokenizer
 
-RUN_FILES = ("ema.safetensors", "config.json", "tokenizer.model", "provenance.json", "data.json")
+RUN_FILES = ("config.json", "tokenizer.model", "provenance.json", "data.json")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])~?/[^\s,;:'\"]*")
 
 
@@ -55,6 +58,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _weights(run: Path) -> dict[str, Tensor]:
+    """Moving-average weights, exported or, from a machine without safetensors, in the training state."""
+    if (run / "ema.safetensors").is_file():
+        return load_file(run / "ema.safetensors")
+    state = RunFolder(run, active=False).load_state(torch.device("cpu"))
+    assert state is not None
+    return dict(state["ema"])
+
+
 def bundle(run: Path, out: Path, calibration: Mapping[str, Any] | None = None) -> Model:
     """Write `out` from the run folder `run` and load it back.
 
@@ -62,6 +74,8 @@ def bundle(run: Path, out: Path, calibration: Mapping[str, Any] | None = None) -
         CheckpointError: `run` is no run folder, or has exported nothing yet, or its parts do not fit together.
     """
     missing = [name for name in RUN_FILES if not (run / name).is_file()]
+    if not any((run / name).is_file() for name in ("ema.safetensors", "state.pt")):
+        missing.append("ema.safetensors")
     if missing:
         raise CheckpointError(
             f"{run} lacks {', '.join(missing)}; give the run folder of a training that has evaluated at least once"
@@ -72,10 +86,10 @@ def bundle(run: Path, out: Path, calibration: Mapping[str, Any] | None = None) -
     provenance = {"commit": sittings[-1].get("commit", "unknown"), **made}
     provenance["data_hours"] = hours_per_corpus(_read_json(run / "data.json"))
     try:
-        state = load_file(run / "ema.safetensors")
+        state = _weights(run)
         Encoder(config).load_state_dict(state)
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{run / 'ema.safetensors'} does not fit the run's configuration: {error}") from error
+        raise CheckpointError(f"the weights in {run} do not fit the run's configuration: {error}") from error
     tokenizer = Tokenizer((run / "tokenizer.model").read_bytes())
     out.parent.mkdir(parents=True, exist_ok=True)
     save_model(out, config, state, tokenizer, calibration, without_paths(provenance))

@@ -24,6 +24,7 @@ from asr_exit.config import FeatureConfig
 from asr_exit.errors import AsrExitError, ConfigError
 from asr_exit.tokenizer import Tokenizer
 from recipes.librispeech.corpora import AUDIO_SUFFIXES, Corpus, Utterance, read_librispeech, read_manifest
+from recipes.librispeech.rooms import room_envelopes
 from recipes.librispeech.shards import SHARD_FRAMES, ShardJob, ShardReport, pack, write_atomically
 from recipes.librispeech.synthesize import synthesize
 
@@ -112,6 +113,7 @@ def prepare(
     *,
     vocab_size: int = 256,
     speeds: Sequence[float] = SPEEDS,
+    rooms: Path | None = None,
     processes: int = 2,
 ) -> dict[str, object]:
     """Pack everything under `out`. Returns the content of data.json, which is written last.
@@ -123,6 +125,7 @@ def prepare(
     if 1.0 not in speeds:
         raise ConfigError("speeds must include 1.0")
     features = FeatureConfig()
+    envelopes = room_envelopes(rooms, features) if rooms else []
     (out / "data.json").unlink(missing_ok=True)
     splits = {"train": (train, speeds), "dev": (dev, (1.0,)), "noise": (noise, (1.0,))}
     jobs: list[ShardJob] = []
@@ -145,6 +148,7 @@ def prepare(
         "feature_std": std,
         "vocab_size": tokenizer.vocab_size,
         "speeds": list(speeds),
+        "room_envelopes": envelopes,
         **{split: summary(in_split[split], corpora) for split, (corpora, _) in splits.items()},
     }
     write_atomically(out / "data.json", json.dumps(description, indent=1).encode())
@@ -161,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="sentences for synthetic speech, one per line, plain or .xz")
     parser.add_argument("--synthetic-hours", type=float, default=0.0)
     parser.add_argument("--noise", type=Path, help="folder with noise recordings")
+    parser.add_argument("--rooms", type=Path, help="folder with room impulse responses")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, default=256)
     parser.add_argument("--processes", type=int, default=2)
@@ -185,7 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train += [read_manifest(made)] if made else []
         noise = [noise_corpus(options.noise)] if options.noise else []
         description = prepare(
-            options.out, train, dev, noise, vocab_size=options.vocab_size, processes=options.processes
+            options.out,
+            train,
+            dev,
+            noise,
+            vocab_size=options.vocab_size,
+            rooms=options.rooms,
+            processes=options.processes,
         )
     except AsrExitError as error:
         sys.exit(f"prepare: {error}")

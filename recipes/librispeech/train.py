@@ -56,24 +56,36 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def _read(path: Path) -> TrainConfig:
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AsrExitError) as error:
+        sys.exit(f"train: {path} holds no training configuration: {error}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description="Train an early-exit model.")
     parser.add_argument("--data", type=Path, required=True, help="what prepare wrote")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
-    parser.add_argument("--config", choices=sorted(CONFIGS), default="local")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--config", choices=sorted(CONFIGS), default="local")
+    which.add_argument("--config-file", type=Path, help="config.json of another run, or one edited by hand")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="length of the run in wall-clock minutes")
     length.add_argument("--hours", type=float, help="length of the run in hours of audio seen")
+    parser.add_argument("--accumulate", type=int, help="batches per update and process")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's state.pt")
     options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
-    config = CONFIGS[options.config]()
+    config = _read(options.config_file) if options.config_file else CONFIGS[options.config]()
     if options.minutes is not None or options.hours is not None:
         config = dataclasses.replace(config, minutes=options.minutes, hours=options.hours)
+    if options.accumulate is not None:
+        config = dataclasses.replace(config, accumulate=options.accumulate)
     if options.seed is not None:
         config = dataclasses.replace(config, seed=options.seed)
     group = Group.from_environment()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asr_exit.encoder import Encoder
 from asr_exit.engine import Engine
 from asr_exit.policy import Full
 from asr_exit.recognizer import Recognizer
@@ -76,13 +77,13 @@ class _RecordingEngine(Engine):
             by_exit[segment].append(log_probs[row])
 
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        """While inside, the segments hand over their logits."""
+    def observing(self, encoder: Encoder) -> Iterator[None]:
+        """While inside, the segments of `encoder` hand over their logits."""
 
         def keep(_module: object, _inputs: object, outputs: tuple[Tensor, Tensor | None]) -> None:
             self.logits = outputs[1]
 
-        handles = [segment.register_forward_hook(keep) for segment in self.encoder.segments]
+        handles = [segment.register_forward_hook(keep) for segment in encoder.segments]
         try:
             yield
         finally:
@@ -104,7 +105,7 @@ def check_parity(
     options = StreamOptions(chunk_ms=chunk_ms, policy=_EveryExit())
     errors = np.zeros(engine.config.num_exits)
     differences, count, num_samples = [], 0, 0
-    with engine.observing():
+    with engine.observing(recognizer.model.encoder):
         for streamed in stream_all(engine, recordings, lambda _: options):
             offline = recognizer.log_posteriors(streamed.samples, chunk_ms)
             chunks = engine.log_probs.pop(streamed.stream, None)

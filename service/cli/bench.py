@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HELP = "measure speed per exit, parity, depth switches, memory over hours, endpoints, or Riva's client"
+    from asr_exit.backend import StreamingModel
+
+HELP = "measure speed per exit, parity, depth switches, memory over hours, an exported model, endpoints, Riva's client"
 DEVIATION_BAR = 0.15
 DEVIATION_BATCH = 16  # the bar holds from this batch size on
 
@@ -18,6 +20,7 @@ DEVIATION_BATCH = 16  # the bar holds from this batch size on
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand for each measurement."""
     from service.cli import bench_clients
+    from service.cli.bench_edge import add_edge, run_edge
     from service.cli.options import add_model_options
     from service.cli.recordings import add_recordings_options
 
@@ -40,8 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory = kinds.add_parser("memory", help="memory and step time over hours of one stream")
     memory.add_argument("--hours", type=float, default=1, metavar="N", help="of audio (default: 1)")
     memory.add_argument("--audio", metavar="FILE", help="repeated under faint noise (default: the bundled sample)")
+    memory.add_argument("--edge-model", metavar="DIR", help="an exported model, without torch's weights")
     memory.add_argument("--policy", default="full", metavar="P", help="as in transcribe, or random (default: full)")
-    runs = {engine: _engine, parity: _parity, switches: _switches, memory: _memory} | bench_clients.add_kinds(kinds)
+    edge = add_edge(kinds)
+    runs = {edge: run_edge, engine: _engine, parity: _parity, switches: _switches, memory: _memory}
+    runs |= bench_clients.add_kinds(kinds)
     for kind, run_kind in runs.items():
         kind.add_argument("--chunk-ms", type=int, choices=(160, 320, 640, 1280), default=640, help="default: 640")
         kind.add_argument("--json", action="store_true", help="one JSON object instead of the table")
@@ -69,7 +75,7 @@ def _engine(arguments: argparse.Namespace) -> int:
     model, device = load_model(arguments)
     require(arguments.clock == "wall" or device == "cpu", "--clock cpu does not see a GPU: use --clock wall")
     turns = len(batches) * (WARM_UP_TURNS + turns_of(arguments.seconds, arguments.chunk_ms))
-    with progress("timing", turns) as advance:
+    with progress_bar("timing", turns) as advance:
         rows = measure_speed(
             model,
             sample_audio(),
@@ -141,7 +147,7 @@ def _parity(arguments: argparse.Namespace) -> int:
     utterances = list_recordings(arguments)
     model, device = load_model(arguments)
     paths = [utterance.path for utterance in utterances]
-    with progress("comparing", len(paths)) as advance:
+    with progress_bar("comparing", len(paths)) as advance:
         report = check_parity(
             Recognizer(model, device=device),
             read_all(paths),
@@ -187,7 +193,7 @@ def _switches(arguments: argparse.Namespace) -> int:
     utterances = list_recordings(arguments)
     model, device = load_model(arguments)
     paths = [utterance.path for utterance in utterances]
-    with progress("switching", ROUNDS * len(paths)) as advance:
+    with progress_bar("switching", ROUNDS * len(paths)) as advance:
         report = check_switches(
             Recognizer(model, device=device),
             lambda: read_all(paths),
@@ -270,10 +276,16 @@ def _memory(arguments: argparse.Namespace) -> int:
     from service.cli.options import load_model
 
     require(arguments.hours > 0, f"--hours {arguments.hours:g} must be more than 0")
-    model, device = load_model(arguments)
+    model: StreamingModel
+    if arguments.edge_model:
+        from asr_exit.edge import EdgeModel
+
+        model, device = EdgeModel(arguments.edge_model, threads=arguments.threads), "cpu"
+    else:
+        model, device = load_model(arguments)
     samples = load_audio(arguments.audio) if arguments.audio else sample_audio()
     policy = parse_policy(arguments.policy, exit_layers=model.config.exit_layers, calibration=model.calibration)
-    with progress("minutes of audio", round(60 * arguments.hours)) as advance:
+    with progress_bar("minutes of audio", round(60 * arguments.hours)) as advance:
         report = measure_memory(
             Engine(model, slots=1, device=device),
             samples,
@@ -307,7 +319,7 @@ def _verdict(holds: bool, judged: Sequence[object]) -> str:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on standard error; yields what advances it by one."""
     import sys
 

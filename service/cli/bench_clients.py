@@ -34,7 +34,7 @@ def _endpoint(arguments: argparse.Namespace) -> int:
     from asr_exit.policy import parse_policy
     from asr_exit.stream import Fill, StreamOptions
     from service.bench.endpoint import LOST_OR_DOUBLED_BAR, check_endpoint, draw_pairs
-    from service.cli.bench import progress, show_report
+    from service.cli.bench import progress_bar, show_report
     from service.cli.options import load_model
     from service.cli.recordings import list_recordings
     from service.config import StreamDefaults
@@ -51,7 +51,7 @@ def _endpoint(arguments: argparse.Namespace) -> int:
         endpoint_silence_ms=defaults.endpoint_silence_ms,
         max_utterance_ms=defaults.max_utterance_ms,
     )
-    with progress("decoding", 4 * len(pairs)) as advance:
+    with progress_bar("decoding", 4 * len(pairs)) as advance:
         found = check_endpoint(Engine(model, slots=16, device=device), pairs, options, advance)
     rows = {
         "apart, against what was said": found.said_apart,
@@ -82,7 +82,7 @@ def _riva(arguments: argparse.Namespace) -> int:
     from asr_exit.config import from_mapping
     from service.background import BackgroundServer
     from service.bench.other_client import WORD_TIME_BAR_MS, check_riva
-    from service.cli.bench import progress, show_report
+    from service.cli.bench import progress_bar, show_report
     from service.cli.options import load_model
     from service.cli.recordings import list_recordings
     from service.config import ServeConfig
@@ -95,7 +95,10 @@ def _riva(arguments: argparse.Namespace) -> int:
         "stream": {"chunk_ms": arguments.chunk_ms},
         "model": {"device": device, "threads": arguments.threads},
     }
-    with BackgroundServer(model, from_mapping(ServeConfig, tables)) as server, progress("files", len(paths)) as advance:
+    with (
+        BackgroundServer(model, from_mapping(ServeConfig, tables)) as server,
+        progress_bar("files", len(paths)) as advance,
+    ):
         found = check_riva(server.address, arguments.python, paths, advance)
     cells = [
         ("files", found.files),

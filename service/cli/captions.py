@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from service.cli.tally import mean_exit_layer, real_chunks
 
 if TYPE_CHECKING:
-    from service.client import Caption, ChunkDepth
+    from service.results import Caption, ChunkDepth
 
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "12345678"

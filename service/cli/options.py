@@ -6,7 +6,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from asr_exit.backend import StreamingModel
     from asr_exit.checkpoint import Model
+    from asr_exit.edge import EdgeRecognizer
     from asr_exit.stream import StreamOptions
 
 
@@ -37,6 +39,29 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
 
 
+def add_runtime_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """--runtime, --edge-model."""
+    parser.add_argument(
+        "--runtime", choices=(default, "edge"), default=default, help=f"edge = ONNX Runtime here (default: {default})"
+    )
+    parser.add_argument("--edge-model", metavar="DIR", help="what `asr-exit export` wrote, for --runtime edge")
+
+
+def edge_recognizer(arguments: argparse.Namespace) -> EdgeRecognizer:
+    """A recogniser on the device, without torch. Raises ConfigError, CheckpointError."""
+    from asr_exit.config import require
+
+    require(bool(arguments.edge_model), "--runtime edge needs --edge-model DIR; make one: asr-exit export --out DIR")
+    try:
+        from asr_exit.edge import EdgeModel, EdgeRecognizer
+    except ImportError as error:
+        from asr_exit.errors import ConfigError
+
+        raise ConfigError(f"--runtime edge needs ONNX Runtime ({error}): pip install 'asr-exit[edge]'") from None
+    model = EdgeModel(arguments.edge_model, threads=getattr(arguments, "threads", 1))
+    return EdgeRecognizer(model, stream_options(arguments, model, model.manifest.chunk_ms))
+
+
 def load_model(arguments: argparse.Namespace) -> tuple[Model, str]:
     """Loads the model the options ask for, limits torch's threads, and returns it with its device."""
     import torch
@@ -53,14 +78,16 @@ def load_model(arguments: argparse.Namespace) -> tuple[Model, str]:
     return load(arguments.model, device), device
 
 
-def stream_options(arguments: argparse.Namespace, model: Model) -> StreamOptions:
-    """The engine's options from --chunk-ms, --policy, --budget and --fill. Raises ConfigError."""
+def stream_options(
+    arguments: argparse.Namespace, model: StreamingModel, chunk_ms: float | None = None
+) -> StreamOptions:
+    """The engine's options from --chunk-ms (default: `chunk_ms`), --policy, --budget and --fill. Raises ConfigError."""
     from asr_exit.budget import Budget
     from asr_exit.policy import parse_policy
     from asr_exit.stream import Fill, StreamOptions
 
     return StreamOptions(
-        chunk_ms=arguments.chunk_ms or StreamOptions.chunk_ms,
+        chunk_ms=arguments.chunk_ms or chunk_ms or StreamOptions.chunk_ms,
         policy=parse_policy(
             arguments.policy or "full", exit_layers=model.config.exit_layers, calibration=model.calibration
         ),

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from service.corpus import Utterance
 
 
-def add_recordings_options(parser: argparse.ArgumentParser) -> None:
+def add_recordings_options(parser: argparse._ActionsContainer, *, required: bool = True) -> None:
     """--manifest or --librispeech with --subset; --limit."""
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group(required=required)
     source.add_argument(
         "--manifest", metavar="TSV", help="first line names the columns: path and transcript are needed"
     )

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
 
-HELP = "stream a file, standard input or the microphone to a server and print captions"
+if TYPE_CHECKING:
+    from service.results import Caption
+
+    Listen = Callable[[Iterable[bytes], int], Iterator[Caption]]  # 16-bit samples and their rate in Hz
+
+HELP = "stream a file, standard input or the microphone to a server, or to a model on this device, and print captions"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One source of audio, where to send it, and what to ask for."""
-    from service.cli.options import add_recognition_options
+    from service.cli.options import add_recognition_options, add_runtime_options
 
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -23,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate", type=int, default=16_000, metavar="HZ", help="of stdin or microphone (default: 16000)"
     )
     parser.add_argument("--server", default="127.0.0.1:50051", metavar="HOST:PORT", help="default: 127.0.0.1:50051")
+    add_runtime_options(parser, "server")
     add_recognition_options(parser, chunk_ms=None)
     parser.add_argument("--realtime", action="store_true", help="send a file no faster than it would be spoken")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: captions, then a summary")
@@ -32,13 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Streams until the audio ends; Ctrl-C ends a microphone."""
     import json
 
-    from asr_exit.budget import Budget
     from service.cli import sources
     from service.cli.captions import caption_view
     from service.cli.tally import Tally
-    from service.client import SpeechClient, StreamSettings
 
-    budget = Budget.parse(arguments.budget) if arguments.budget else Budget()
     rate_hz = arguments.rate
     if arguments.microphone:
         parts = sources.microphone_parts(rate_hz)
@@ -47,27 +54,55 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         recorded, rate_hz = sources.file_parts(arguments.audio)
         parts = sources.paced(recorded, 2 * rate_hz) if arguments.realtime else iter(recorded)
-    settings = StreamSettings(
-        rate_hz=rate_hz,
-        word_times=arguments.json,
-        chunk_ms=arguments.chunk_ms or 0,
-        policy=arguments.policy,
-        fill=arguments.fill,
-        budget=budget,
-    )
-    with SpeechClient(arguments.server) as client:
-        exits = client.model().exits
-        tally = Tally(exits[-1].encoder_macs_per_second)
-        with caption_view([item.layer for item in exits], as_json=arguments.json) as view:
-            for caption in client.stream(parts, settings):
+    with _on_device(arguments) if arguments.runtime == "edge" else _on_server(arguments) as (listen, layers, full_macs):
+        tally = Tally(full_macs)
+        with caption_view(layers, as_json=arguments.json) as view:
+            for caption in listen(parts, rate_hz):
                 tally.add(caption)
                 view.show(caption)
     if arguments.json:
         print(json.dumps(tally.summary()))
     else:
         print(
-            f"{tally.audio_s:.1f} s of audio, mean exit layer {tally.mean_exit_layer:.1f} of {exits[-1].layer}, "
+            f"{tally.audio_s:.1f} s of audio, mean exit layer {tally.mean_exit_layer:.1f} of {layers[-1]}, "
             f"{100 * tally.macs_fraction:.0f} % of full-depth operations",
             file=sys.stderr,
         )
     return 0
+
+
+@contextmanager
+def _on_server(arguments: argparse.Namespace) -> Iterator[tuple[Listen, Sequence[int], int]]:
+    """What listens, the layers of its exits, and full-depth MACs per second of audio."""
+    from asr_exit.budget import Budget
+    from service.client import SpeechClient, StreamSettings
+
+    budget = Budget.parse(arguments.budget) if arguments.budget else Budget()
+
+    def listen(parts: Iterable[bytes], rate_hz: int) -> Iterator[Caption]:
+        settings = StreamSettings(
+            rate_hz=rate_hz,
+            word_times=arguments.json,
+            chunk_ms=arguments.chunk_ms or 0,
+            policy=arguments.policy,
+            fill=arguments.fill,
+            budget=budget,
+        )
+        return client.stream(parts, settings)
+
+    with SpeechClient(arguments.server) as client:
+        exits = client.model().exits
+        yield listen, [item.layer for item in exits], exits[-1].encoder_macs_per_second
+
+
+@contextmanager
+def _on_device(arguments: argparse.Namespace) -> Iterator[tuple[Listen, Sequence[int], int]]:
+    """As `_on_server`, in this process."""
+    from service.cli.options import edge_recognizer
+    from service.on_device import local_captions
+
+    recognizer = edge_recognizer(arguments)
+    config = recognizer.model.config
+    full = recognizer.model.macs.full(config.max_chunk_frames)
+    per_second = round(full * 1000 / (config.max_chunk_frames * config.frame_ms))
+    yield partial(local_captions, recognizer), config.exit_layers, per_second

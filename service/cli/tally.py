@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from service.client import Caption, ChunkDepth
+    from service.results import Caption, ChunkDepth
 
 
 @dataclass

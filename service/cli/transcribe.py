@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from asr_exit.transcript import Transcript
 
 HELP = "transcribe audio files in this process"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Files and how to read them."""
-    from service.cli.options import add_model_options, add_recognition_options
+    from service.cli.options import add_model_options, add_recognition_options, add_runtime_options
 
     parser.add_argument("audio", nargs="+", metavar="AUDIO", help="audio file")
     add_recognition_options(parser, chunk_ms=640)
@@ -20,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each file")
     add_model_options(parser)
+    add_runtime_options(parser, "torch")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,22 +37,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     from asr_exit.audio import load_audio
     from asr_exit.config import require
-    from asr_exit.recognizer import Recognizer
-    from service.cli.options import load_model, stream_options
 
     require(
         not (arguments.offline and (arguments.budget or arguments.fill)),
         "--offline runs everything at one depth: leave out --budget and --fill",
     )
-    model, device = load_model(arguments)
-    recognizer = Recognizer(model, stream_options(arguments, model), device=device)
+    transcribe = _on_device(arguments) if arguments.runtime == "edge" else _with_torch(arguments)
     for path in arguments.audio:
         samples = load_audio(path)
         begin = time.perf_counter()
-        if arguments.offline:
-            transcript = recognizer.transcribe_offline(samples, chunk_ms=arguments.chunk_ms)
-        else:
-            transcript = recognizer.transcribe(samples)
+        transcript = transcribe(samples)
         if not arguments.json:
             print(f"{path}: {transcript.text}" if len(arguments.audio) > 1 else transcript.text, flush=True)
             continue
@@ -73,3 +75,23 @@ def run(arguments: argparse.Namespace) -> int:
         }
         print(json.dumps(values), flush=True)
     return 0
+
+
+def _with_torch(arguments: argparse.Namespace) -> Callable[[np.ndarray], Transcript]:
+    from asr_exit.recognizer import Recognizer
+    from service.cli.options import load_model, stream_options
+
+    model, device = load_model(arguments)
+    recognizer = Recognizer(model, stream_options(arguments, model), device=device)
+    if arguments.offline:
+        return lambda samples: recognizer.transcribe_offline(samples, chunk_ms=arguments.chunk_ms)
+    return recognizer.transcribe
+
+
+def _on_device(arguments: argparse.Namespace) -> Callable[[np.ndarray], Transcript]:
+    from asr_exit.config import require
+    from service.cli.options import edge_recognizer
+
+    require(not arguments.offline, "--offline needs torch: leave out --runtime edge")
+    require(not arguments.model, "--runtime edge reads an exported model: give --edge-model instead of --model")
+    return edge_recognizer(arguments).transcribe

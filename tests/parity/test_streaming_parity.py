@@ -29,7 +29,7 @@ class Recorder(Engine):
 
     def _run_batch(self, segment: int, frames: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
         super()._run_batch(segment, frames, chunk_frames, members)
-        self.pool.check_frontier(np.array([stream.slot for stream, _ in members]))
+        self.backend.pool.check_frontier(np.array([stream.slot for stream, _ in members]))
         for stream, chunk in members:
             if chunk.scores is not None and chunk.scores.frames.log_probs is not None:
                 self.seen.setdefault(stream, {})[segment, chunk.index] = chunk.scores.frames.log_probs

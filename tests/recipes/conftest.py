@@ -31,6 +31,6 @@ def data(speech: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of the configuration `tiny`, trained until it knows its eight sentences."""
     out = tmp_path_factory.mktemp("run")
-    arguments = ["--data", str(data), "--out", str(out), "--config", "tiny", "--hours", "0.6", "--threads", "1"]
+    arguments = ["--data", str(data), "--out", str(out), "--config", "tiny", "--hours", "0.9", "--threads", "1"]
     train.main(arguments)
     return out

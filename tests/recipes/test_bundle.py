@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from asr_exit.checkpoint import Model, load
+from asr_exit.errors import CheckpointError
 from asr_exit.policy import parse_policy
 from asr_exit.recognizer import Recognizer
 from asr_exit.stream import Fill, StreamOptions
@@ -79,10 +80,10 @@ def test_unfinished_or_mismatched_runs_are_refused(tiny_run: Path, tmp_path: Pat
     config = json.loads((run / "config.json").read_text())
     config["model"]["ff_dim"] = 64
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match="does not fit"):
+    with pytest.raises(SystemExit, match="not fit"):
         bundle.main(["--run", str(run), "--out", str(out)])
     (run / "ema.safetensors").write_bytes(b"half")
-    with pytest.raises(SystemExit, match="does not fit"):
+    with pytest.raises(SystemExit, match="not fit"):
         bundle.main(["--run", str(run), "--out", str(out)])
     assert not out.exists()
 
@@ -152,3 +153,15 @@ def test_edit_distance_by_hand() -> None:
     assert edit_distance([], [1, 2]) == 2
     assert edit_distance([1, 2, 3], [1, 3]) == 1
     assert edit_distance([1, 2, 3, 4], [2, 3, 5, 4]) == 2
+
+
+def test_a_run_without_exported_weights_is_bundled_from_its_state(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "ema.safetensors").unlink()
+    bare = bundle.bundle(run, tmp_path / "bare.safetensors")
+    exported = bundle.bundle(tiny_run, tmp_path / "exported.safetensors")
+    torch.testing.assert_close(bare.encoder.state_dict(), exported.encoder.state_dict(), rtol=0, atol=0)
+    (run / "state.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks ema\.safetensors"):
+        bundle.bundle(run, tmp_path / "none.safetensors")

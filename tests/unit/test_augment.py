@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asr_exit.augment import Augment, AugmentConfig, spec_augment
+from asr_exit.augment import Augment, AugmentConfig, freq_warp, reverberate, spec_augment, time_warp
+from asr_exit.config import FeatureConfig
 from asr_exit.data import FeatureStore
 
 MEAN = np.full(80, -7.0, np.float32)
@@ -76,3 +77,65 @@ def test_noise_raises_power_by_the_ratio_asked(tmp_path: Path) -> None:
     Augment(config, MEAN, FeatureStore(tmp_path))(features, np.array([100]), np.random.default_rng(0))
     assert features[0, :100].mean() == pytest.approx(5.0 + np.log(1.1), abs=1e-3)  # 10 dB: a tenth more power
     assert (features[0, 100:] == 5.0).all()
+
+
+def test_frequency_warp_moves_a_band_and_keeps_a_flat_spectrum() -> None:
+    features = FeatureConfig()
+    np.testing.assert_allclose(np.ones((3, 80), np.float32) @ freq_warp(1.1, features), 1.0, atol=1e-6)
+    np.testing.assert_array_equal(freq_warp(1.0, features).round(6), np.eye(80, dtype=np.float32))
+    tone = np.zeros((1, 80), np.float32)
+    tone[0, 30] = 1.0
+    moved = [float((tone @ freq_warp(factor, features) @ np.arange(80))[0]) for factor in (0.9, 1.0, 1.1)]
+    assert moved[0] < moved[1] < moved[2]
+
+
+def test_time_warp_keeps_length_ends_and_order() -> None:
+    ramp = np.linspace(0, 1, 730, dtype=np.float32)[:, None].repeat(2, axis=1)
+    warped = time_warp(ramp, 0.2, np.random.default_rng(4))
+    assert warped.shape == ramp.shape
+    assert warped[0, 0] == 0.0
+    assert warped[-1, 0] == pytest.approx(1.0, abs=1e-5)
+    steps = np.diff(warped[:, 0]) * 729
+    assert (steps > 0.5).all()
+    assert (steps < 2.0).all()
+    assert steps.std() > 0.01
+
+
+def test_warps_leave_padding_alone() -> None:
+    features, _ = batch()
+    before = features.copy()
+    config = AugmentConfig(freq_warp=0.1, time_warp=0.1, freq_masks=0, time_masks_per_second=0.0, gain_nepers=0.0)
+    Augment(config, MEAN)(features, np.full(4, 250), np.random.default_rng(0))
+    np.testing.assert_array_equal(features[:, 250:], before[:, 250:])
+    assert np.abs(features[:, :250] - before[:, :250]).max() > 0.1
+
+
+def test_views_share_the_time_warp_and_nothing_else() -> None:
+    rng = np.random.default_rng(2)
+    half = rng.normal(10.0, 1.0, (2, 300, 80)).astype(np.float32)
+    warps = AugmentConfig(time_warp=0.2, freq_masks=0, time_masks_per_second=0.0, gain_nepers=0.0)
+    both = np.concatenate([half, half])
+    Augment(warps, MEAN)(both, np.full(4, 300), np.random.default_rng(1), 2)
+    np.testing.assert_array_equal(both[:2], both[2:])
+    assert np.abs(both[:2] - half).max() > 0.1
+    masked = np.concatenate([half, half])
+    Augment(AugmentConfig(time_warp=0.2), MEAN)(masked, np.full(4, 300), np.random.default_rng(1), 2)
+    assert np.abs(masked[:2] - masked[2:]).max() > 0.1
+
+
+def test_reverberation_spreads_power_forward_and_keeps_it() -> None:
+    click = np.full((40, 80), -10.0, np.float32)
+    click[10] = 8.0
+    wet = reverberate(click, np.array([0.6, 0.3, 0.1], np.float32), 1.0)
+    np.testing.assert_allclose(np.exp(wet[10:13, 0]) / np.exp(8.0), [0.6, 0.3, 0.1], rtol=1e-4)
+    assert wet[9].max() < -9.9
+    assert np.exp(wet).sum() == pytest.approx(np.exp(click).sum(), rel=1e-4)
+
+
+def test_rooms_are_used_with_their_probability() -> None:
+    features, lengths = batch(frames=200, rows=64)
+    before = features.copy()
+    config = AugmentConfig(room_probability=0.5, freq_masks=0, time_masks_per_second=0.0, gain_nepers=0.0)
+    Augment(config, MEAN, room_envelopes=[[0.5, 0.3, 0.2]])(features, lengths, np.random.default_rng(0))
+    changed = np.abs(features - before).max(axis=(1, 2)) > 1e-3
+    assert 20 <= changed.sum() <= 44

@@ -109,3 +109,10 @@ def test_loader_errors_reach_the_reader(store: FeatureStore) -> None:
     )
     with stream as batches, pytest.raises(ConfigError):
         next(iter(batches))
+
+
+def test_speeds_can_be_left_out(store: FeatureStore) -> None:
+    drawn = plan_epoch(store.clips, BatchPlan(speeds=(1.0,)), 4, 1, 0)
+    assert {clip.speed for batch in drawn for clip in batch} == {1.0}
+    with pytest.raises(ConfigError, match="widen"):
+        plan_epoch(store.clips, BatchPlan(speeds=(3.0,)), 4, 1, 0)

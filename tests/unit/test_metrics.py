@@ -7,7 +7,7 @@ import math
 import pytest
 
 from asr_exit.errors import ConfigError
-from asr_exit.metrics import WordErrors, bootstrap_interval, wer, word_errors
+from asr_exit.metrics import WordErrors, bootstrap_interval, bootstrap_reduction, wer, word_errors
 
 
 def test_hand_worked_example() -> None:
@@ -50,3 +50,18 @@ def test_bad_arguments() -> None:
         bootstrap_interval([], [])
     with pytest.raises(ConfigError, match="level"):
         bootstrap_interval(["a"], ["a"], level=1.0)
+
+
+def test_bootstrap_reduction_is_paired() -> None:
+    references = ["a b c d"] * 40
+    before = ["a b x x", "a x x x"] * 20
+    after = ["a b c x", "a b x x"] * 20  # always one error fewer
+    reduction, low, high = bootstrap_reduction(references, before, after)
+    assert reduction == pytest.approx(1 - 60 / 100)
+    assert 0.33 < low <= reduction <= high < 0.5
+    worse = bootstrap_reduction(references, after, before)
+    assert worse[2] < 0
+    with pytest.raises(ConfigError, match="no error"):
+        bootstrap_reduction(references, references, after)
+    with pytest.raises(ConfigError, match="references"):
+        bootstrap_reduction(references, before[:3], after)

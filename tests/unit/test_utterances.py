@@ -9,7 +9,6 @@ import pytest
 
 from asr_exit.biasing import PhraseHint
 from asr_exit.captions import Captions
-from asr_exit.checkpoint import Model
 from asr_exit.ctc import GreedyDecoder
 from asr_exit.endpoint import EndpointRule
 from asr_exit.engine import Engine
@@ -82,9 +81,10 @@ def test_silence_counts_from_the_last_word_or_the_last_final() -> None:
     assert not captions.at_endpoint((EndpointRule(240),))
 
 
-def test_a_rule_without_speech_ends_silence_again_and_again(model: Model) -> None:
-    engine = Engine(random_model(), slots=1)
-    engine.encoder.segments[-1].head.out.bias[0] += 1000.0  # hears nothing
+def test_a_rule_without_speech_ends_silence_again_and_again() -> None:
+    model = random_model()
+    model.encoder.segments[-1].head.out.bias[0] += 1000.0  # hears nothing
+    engine = Engine(model, slots=1)
     rules = (EndpointRule(1_280, must_contain_speech=False),)
     stream = engine.open(StreamOptions(endpoint_rules=rules))
     engine.push(stream, np.zeros(16_000 * 6, np.float32))

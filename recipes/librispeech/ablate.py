@@ -1,0 +1,139 @@
+"""Train variants on equal hours of audio and compare every exit.
+
+    python -m recipes.librispeech.ablate --data DATA --out DIR --hours 30 [--only "plain,CR-CTC,local"] [--score FOLDER]
+
+A variant that is there already is not trained again; an interrupted one goes on. Writes DIR/ablation.md and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from asr_exit.data import FeatureStore
+from asr_exit.encoder import Encoder
+from asr_exit.errors import AsrExitError, ConfigError
+from asr_exit.metrics import bootstrap_reduction, wer
+from asr_exit.schedule import TrainConfig
+from asr_exit.tokenizer import Tokenizer
+from asr_exit.validation import Decoded, decode_exits, held_out_batches
+from recipes.librispeech.variants import variants
+
+
+def train_variant(name: str, config: TrainConfig, data: Path, out: Path, threads: int) -> Path:
+    """Run the training of one variant in a process of its own, unless it is done. Returns its run folder.
+
+    Raises:
+        ConfigError: the training failed; its output says why.
+    """
+    run = out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    run.mkdir(parents=True, exist_ok=True)
+    if (run / "done").is_file():
+        return run
+    settings = run / "variant.json"
+    settings.write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+    command = [sys.executable, "-m", "recipes.librispeech.train", "--data", str(data), "--out", str(run)]
+    command += ["--config-file", str(settings), "--threads", str(threads), "--resume"]
+    if subprocess.run(command, check=False).returncode:
+        raise ConfigError(f"the training of {name!r} failed; see above")
+    (run / "done").touch()
+    return run
+
+
+def score(run: Path, store: FeatureStore, chunk_frames: int) -> list[Decoded]:
+    """Every exit's text of a finished run, moving-average weights, fp32, in streaming chunks."""
+    config = TrainConfig.from_dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    description = json.loads((run / "data.json").read_text(encoding="utf-8"))
+    encoder = Encoder(config.model).eval()
+    encoder.load_state_dict(load_file(run / "ema.safetensors"))
+    batches = held_out_batches(store, np.array(description["feature_mean"], np.float32), None)
+    frames = chunk_frames * 8 // config.model.subsampling  # chunks of equal length in milliseconds
+    decoded, _, _ = decode_exits(
+        encoder, batches, Tokenizer((run / "tokenizer.model").read_bytes()), chunk_frames=frames
+    )
+    return sorted(decoded, key=lambda item: item.utterance_id)
+
+
+def compare(results: Mapping[str, Sequence[Decoded]], exit_layers: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    """A row per variant: word error rate at every exit, and its reduction against the first variant's, in per cent."""
+    names = list(results)
+    first = {layer: index for index, layer in enumerate(exit_layers[names[0]])}
+    rows = []
+    for name, decoded in results.items():
+        references = [item.reference for item in decoded]
+        row: dict[str, Any] = {"variant": name, "wer": {}, "reduction": {}}
+        for index, layer in enumerate(exit_layers[name]):
+            texts = [item.texts[index] for item in decoded]
+            row["wer"][layer] = 100 * wer(references, texts).rate
+            if name != names[0] and layer in first:
+                before = [item.texts[first[layer]] for item in results[names[0]]]
+                row["reduction"][layer] = [100 * value for value in bootstrap_reduction(references, before, texts)]
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], layers: Sequence[int], hours: float) -> str:
+    """The table."""
+    lines = [
+        f"Word error rate in per cent after {hours:g} h of audio seen; in brackets the relative reduction against the",
+        "first row with its 95 % bootstrap interval (utterances resampled in pairs).",
+        "",
+        "| variant | " + " | ".join(f"exit {layer}" for layer in layers) + " |",
+        "| --- |" + " ---: |" * len(layers),
+    ]
+    for row in rows:
+        cells = []
+        for layer in layers:
+            rate, reduction = row["wer"].get(layer), row["reduction"].get(layer)
+            cell = "" if rate is None else f"{rate:.1f}"
+            cells.append(cell + (" ({:+.0f}: {:+.0f} to {:+.0f})".format(*reduction) if reduction else ""))
+        lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Train and compare variants of the recipe.")
+    parser.add_argument("--data", type=Path, required=True, help="what prepare wrote")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--hours", type=float, required=True, help="of audio seen, for every variant")
+    parser.add_argument("--only", help="comma-separated names; the first one is the baseline. Default: all")
+    parser.add_argument("--score", type=Path, help="folder of prepared shards to score on; default DATA/dev")
+    parser.add_argument("--chunk-frames", type=int, default=8, help="of 80 ms")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        known = variants(options.hours)
+        names = options.only.split(",") if options.only else list(known)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ConfigError(f"unknown variants {', '.join(unknown)}; known: {', '.join(known)}")
+        tokenizer = Tokenizer((options.data / "tokenizer.model").read_bytes())
+        store = FeatureStore(options.score or options.data / "dev", tokenizer)
+        results, layers = {}, {}
+        for name in names:
+            run = train_variant(name, known[name], options.data, options.out, options.threads)
+            results[name] = score(run, store, options.chunk_frames)
+            layers[name] = known[name].model.exit_layers
+            rows = compare(results, layers)
+            (options.out / "ablation.json").write_text(json.dumps({"hours": options.hours, "rows": rows}, indent=1))
+            table = markdown(rows, sorted({layer for item in layers.values() for layer in item}), options.hours)
+            (options.out / "ablation.md").write_text(table, encoding="utf-8")
+        print(table)
+    except AsrExitError as error:
+        sys.exit(f"ablate: {error}")
+
+
+if __name__ == "__main__":
+    main()

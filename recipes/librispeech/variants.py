@@ -1,0 +1,100 @@
+"""Ablations: the plain baseline, every method alone on top of it, all together, and dedicated single-exit models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from asr_exit.augment import AugmentConfig
+from asr_exit.schedule import Stage, TrainConfig
+from recipes.librispeech.configs import local
+
+# what `prepare` adds to the recordings
+SYNTHETIC, OTHER_CORPORA = "synthetic", ("speechocean762", "an4")
+
+
+def _model(config: TrainConfig, **changes: object) -> TrainConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))  # type: ignore[arg-type]
+
+
+def _augment(config: TrainConfig, **changes: object) -> TrainConfig:
+    return dataclasses.replace(config, augment=dataclasses.replace(config.augment, **changes))  # type: ignore[arg-type]
+
+
+def _set(**changes: object) -> Callable[[TrainConfig], TrainConfig]:
+    return lambda config: dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def plain(hours: float) -> TrainConfig:
+    """The sum of exit CTC losses and nothing else: real recordings at their own speed, no masks, fixed chunks."""
+    base = local()
+    nothing = AugmentConfig(freq_masks=0, time_masks_per_second=0.0, gain_nepers=0.0)
+    return dataclasses.replace(
+        base,
+        name="plain",
+        model=dataclasses.replace(base.model, self_conditioning=False, conv_lookahead=False),
+        minutes=None,
+        hours=hours,
+        augment=nothing,
+        corpus_shares=((SYNTHETIC, 0.0),),
+        speeds=(1.0,),
+        chunk_weights=((8, 1.0),),
+        shallow_probability=0.0,
+        random_depth_probability=0.0,
+    )
+
+
+METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
+    "self-conditioning": lambda c: _model(c, self_conditioning=True),
+    "convolution to the chunk's end": lambda c: _model(c, conv_lookahead=True),
+    "dynamic chunk": _set(chunk_weights=TrainConfig(name="", hours=1.0).chunk_weights),
+    "dynamic left context": _set(left_weights=((16, 1.0), (32, 1.0), (64, 2.0))),
+    "SpecAugment": lambda c: _augment(c, freq_masks=2, time_masks_per_second=0.5),
+    "level": lambda c: _augment(c, gain_nepers=1.5),
+    "speed perturbation": _set(speeds=()),
+    "frequency warp": lambda c: _augment(c, freq_warp=0.12),
+    "time warp": lambda c: _augment(c, time_warp=0.15),
+    "noise": lambda c: _augment(c, noise_probability=0.2),
+    "reverberation": lambda c: _augment(c, room_probability=0.2),
+    "synthetic speech": _set(corpus_shares=()),
+    "exit weights, deep": _set(exit_weights=(1.0, 1.0, 1.0, 1.0, 1.0, 3.0)),
+    "exit weights, shallow": _set(exit_weights=(3.0, 2.0, 1.0, 1.0, 1.0, 1.0)),
+    "CR-CTC": lambda c: _augment(
+        dataclasses.replace(c, consistency_weight=0.2), freq_masks=2, time_masks_per_second=1.0, time_masked_share=0.4
+    ),
+    "distillation": _set(distillation_weight=0.3),
+    "distillation into heads at the end": lambda c: dataclasses.replace(
+        c,
+        distillation_weight=1.0,
+        stages=(*c.stages[:-1], _until(c.stages[-1], 0.9), dataclasses.replace(c.stages[-1], heads_only=True)),
+    ),
+    "deeper heads at shallow exits": lambda c: _model(c, head_hidden=(384, 256, 0, 0, 0, 0)),
+    "sorted training": _set(shallow_probability=0.5),
+    "random depth, propagate": _set(random_depth_probability=0.25),
+    "random depth, hole": _set(random_depth_probability=0.25, random_depth_fill="hole"),
+    "4x subsampling": lambda c: _model(
+        dataclasses.replace(c, chunk_weights=((16, 1.0),)), subsampling=4, left_context_frames=128, max_chunk_frames=32
+    ),
+}
+
+
+def _until(stage: Stage, until: float) -> Stage:
+    return dataclasses.replace(stage, until=until)
+
+
+def dedicated(base: TrainConfig, layers: int) -> TrainConfig:
+    """A model of `layers` layers whose only exit is its last: what the exits of a joint model are measured against."""
+    model = dataclasses.replace(base.model, num_layers=layers, exit_every=layers, head_hidden=())
+    stages = tuple(dataclasses.replace(stage, segments=1) for stage in base.stages)
+    return dataclasses.replace(
+        base, model=model, stages=stages, shallow_probability=0.0, random_depth_probability=0.0, exit_weights=()
+    )
+
+
+def variants(hours: float) -> dict[str, TrainConfig]:
+    """Every row of the table, in its order, at equal hours of audio seen."""
+    baseline = plain(hours)
+    everything = dataclasses.replace(local(), minutes=None, hours=hours)
+    rows = {"plain": baseline, **{name: change(baseline) for name, change in METHODS.items()}, "local": everything}
+    rows |= {f"dedicated, {layers} layers": dedicated(everything, layers) for layers in (2, 6, 12)}
+    return {name: dataclasses.replace(config, name=name) for name, config in rows.items()}

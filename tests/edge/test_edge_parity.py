@@ -1,0 +1,148 @@
+"""The device path writes what torch writes, at every exit, chunk size, fill and split of the samples."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from asr_exit.attention import rotary
+from asr_exit.budget import Budget
+from asr_exit.checkpoint import Model
+from asr_exit.edge import EdgeModel, EdgeRecognizer
+from asr_exit.engine import Engine
+from asr_exit.evidence import ExitScores
+from asr_exit.policy import Entropy, Fixed, Full, Posterior, RandomDepth
+from asr_exit.recognizer import Recognizer
+from asr_exit.stream import ChunkResult, Fill, StreamOptions
+from asr_exit.transcript import transcribe
+from service.bench.probe import Probe
+from tests.conftest import babble
+
+TOLERANCE = 1e-4
+CHUNKS_MS = [160, 320, 640, 1280]
+
+
+def shown(results: tuple[ChunkResult, ...] | list[ChunkResult]) -> list[tuple[object, ...]]:
+    """Everything that a caller sees, but rounding."""
+    return [
+        (r.chunk_index, r.start_ms, r.end_ms, r.exit_layer, r.reason, r.encoder_macs, r.committed, r.tail, r.is_final)
+        for r in results
+    ]
+
+
+@pytest.mark.parametrize("chunk_ms", CHUNKS_MS)
+def test_log_posteriors_equal_torch_at_every_exit(source: Model, edge_model: EdgeModel, chunk_ms: float) -> None:
+    samples = babble(9.3, seed=5)  # longer than the window of keys, and no whole number of chunks
+    engine = Engine(edge_model, slots=1)
+    engine.backend = probe = Probe(engine.backend, keep_log_probs=True)
+    transcribe(engine, samples, StreamOptions(chunk_ms=chunk_ms))
+    offline = Recognizer(source).log_posteriors(samples, chunk_ms)
+    assert list(probe.log_probs) == list(range(4))
+    for segment, parts in probe.log_probs.items():
+        assert np.abs(np.concatenate(parts) - offline[segment]).max() < TOLERANCE
+
+
+OPTIONS = {
+    "full": StreamOptions(),
+    "fixed": StreamOptions(policy=Fixed(2, 1), chunk_ms=320),
+    "posterior": StreamOptions(policy=Posterior(0.35), fill=Fill.PROPAGATE),
+    "entropy": StreamOptions(policy=Entropy(0.45), fill=Fill.PROPAGATE, chunk_ms=160),
+    "catch up": StreamOptions(policy=RandomDepth(1), chunk_ms=320, catch_up_cap_chunks=4),
+    "propagate": StreamOptions(policy=RandomDepth(2), fill=Fill.PROPAGATE, chunk_ms=1280),
+    "hole": StreamOptions(policy=RandomDepth(3), fill=Fill.HOLE, chunk_ms=160),
+    "beam": StreamOptions(policy=RandomDepth(4), fill=Fill.PROPAGATE, decoder="beam", beam_size=4),
+    "budget": StreamOptions(budget=Budget(mean_depth=0.75), fill=Fill.PROPAGATE),
+    "cut": StreamOptions(endpoint_silence_ms=160, max_utterance_ms=2_000),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_results_equal_the_torch_engine(source: Model, edge_model: EdgeModel, name: str) -> None:
+    engines = Engine(source, slots=1), Engine(edge_model, slots=1)
+    for seconds, seed in ((11.3, 31), (0.03, 32), (0.0, 33)):
+        torch_path, device = (transcribe(engine, babble(seconds, seed), OPTIONS[name]) for engine in engines)
+        assert shown(device.chunks) == shown(torch_path.chunks)
+        assert device.text == torch_path.text
+        for ours, theirs in zip(device.words, torch_path.words, strict=True):
+            assert ours.confidence == pytest.approx(theirs.confidence, abs=1e-4)
+        assert device.encoder_macs == torch_path.encoder_macs
+
+
+def test_policies_leave_at_more_than_one_exit(edge_model: EdgeModel) -> None:
+    """Else the comparison above would say little."""
+    for name in ("posterior", "entropy"):
+        layers = {c.exit_layer for c in transcribe(Engine(edge_model, slots=1), babble(11.3, 31), OPTIONS[name]).chunks}
+        assert len(layers) > 1, name
+
+
+def test_pushes_of_any_size_give_one_result_a_chunk(source: Model, edge_model: EdgeModel) -> None:
+    samples, rng = babble(6.1, seed=8), np.random.default_rng(1)
+    recognizer = EdgeRecognizer(edge_model, StreamOptions(), target_latency_ms=60_000)
+    for _ in range(2):  # the second stream starts from nothing
+        results, at = [], 0
+        while at < len(samples):
+            size = int(rng.integers(1, 9000))
+            results += recognizer.push(samples[at : at + size])
+            at += size
+        assert recognizer.push(np.zeros(0, np.float32)) == []
+        results += recognizer.finish()
+        assert results[-1].end_of_stream
+        assert shown(results) == shown(transcribe(Engine(source, slots=1), samples, StreamOptions()).chunks)
+
+
+def test_several_streams_share_one_model(edge_model: EdgeModel) -> None:
+    engine = Engine(edge_model, slots=3)
+    streams = [engine.open(StreamOptions(chunk_ms=ms)) for ms in (160, 640, 320)]
+    for seed, stream in enumerate(streams):
+        engine.push(stream, babble(3.0, seed))
+        engine.finish(stream)
+    finals: dict[int, list[str]] = {stream.slot: [] for stream in streams}
+    while not all(stream.ended for stream in streams):
+        for result in engine.step().results:
+            if result.is_final:
+                finals[result.stream.slot].append(result.committed)
+    for seed, stream in enumerate(streams):
+        alone = transcribe(Engine(edge_model, slots=1), babble(3.0, seed), stream.options)
+        assert " ".join(part for part in finals[stream.slot] if part) == alone.text
+
+
+def test_positions_are_exact_after_a_year(edge_model: EdgeModel) -> None:
+    start, size = 12 * 3600 * 24 * 365, 16
+    ours = Engine(edge_model, slots=1).backend._positions(start, 8)  # type: ignore[attr-defined]
+    cos, sin = rotary(torch.arange(start, start + 8)[None], size, torch.float32)
+    assert np.abs(ours["cos"] - cos[0, :, 0].numpy()).max() < 1e-6
+    assert np.abs(ours["sin"] - sin[0, :, 0].numpy()).max() < 1e-6
+
+
+def test_int8_stays_near(source: Model, int8: Path) -> None:
+    samples = babble(9.0, seed=5)
+    engine = Engine(EdgeModel(int8), slots=1)
+    engine.backend = probe = Probe(engine.backend, keep_log_probs=True)
+    transcribe(engine, samples, StreamOptions(policy=Full(), chunk_ms=640))
+    offline = Recognizer(source).log_posteriors(samples, 640)
+    for segment, parts in probe.log_probs.items():
+        ours = np.concatenate(parts)
+        assert 1e-4 < np.abs(np.exp(ours) - np.exp(offline[segment])).max() < 0.2  # not exact, hence quantised
+        assert (ours.argmax(1) == offline[segment].argmax(1)).mean() > 0.9
+
+
+def test_evidence_is_what_torch_computes(source: Model, edge_model: EdgeModel) -> None:
+    seen: list[list[ExitScores]] = []
+    for model in (source, edge_model):
+        engine, found = Engine(model, slots=1), []
+        stream = engine.open(StreamOptions(policy=Posterior(1.0)))
+        engine.push(stream, babble(4.0, 3))
+        while engine.ready():
+            engine.step()
+            assert stream.current is not None
+            found.append(stream.current.scores)
+        seen.append(found)
+    for theirs, ours in zip(*seen, strict=True):
+        for field in ("max_posterior", "max_posterior_all", "entropy", "entropy_all", "blank_mass", "similarity"):
+            value = getattr(ours.evidence, field)
+            assert math.isfinite(value)
+            assert value == pytest.approx(getattr(theirs.evidence, field), abs=1e-5)

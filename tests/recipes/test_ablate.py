@@ -1,0 +1,56 @@
+"""Variants are trained once, scored alike, and compared by hand-checkable numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from asr_exit.schedule import TrainConfig
+from asr_exit.validation import Decoded
+from recipes.librispeech import ablate
+from recipes.librispeech.configs import tiny
+from recipes.librispeech.variants import dedicated, variants
+
+
+def test_every_variant_is_a_valid_configuration_that_survives_json() -> None:
+    rows = variants(30.0)
+    assert next(iter(rows)) == "plain"
+    assert len({json.dumps({**config.to_dict(), "name": ""}) for config in rows.values()}) == len(rows)
+    for name, config in rows.items():
+        assert config.name == name
+        assert config.hours == 30.0
+        assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert dedicated(rows["local"], 6).model.exit_layers == (6,)
+
+
+def test_compare_by_hand() -> None:
+    def decoded(*texts: str) -> list[Decoded]:
+        return [Decoded("u1", "a b c d", (texts[0],)), Decoded("u2", "e f g h", (texts[1],))]
+
+    results = {"base": decoded("a b x x", "e f x x"), "ours": decoded("a b c x", "e f g x")}
+    rows = ablate.compare(results, {"base": (2,), "ours": (2,)})
+    assert rows[0] == {"variant": "base", "wer": {2: 50.0}, "reduction": {}}
+    assert rows[1]["wer"] == {2: 25.0}
+    assert rows[1]["reduction"][2] == [50.0, 50.0, 50.0]  # both utterances lose half of their errors
+    assert "| ours | 25.0 (+50: +50 to +50) |" in ablate.markdown(rows, [2], 1.0)
+
+
+def test_variants_are_trained_once_and_tabled(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = dataclasses.replace(tiny(), hours=0.01)
+    rows = {"plain": base, "dedicated, 4 layers": dedicated(base, 4)}
+    monkeypatch.setattr(ablate, "variants", lambda hours: rows)
+    arguments = ["--data", str(data), "--out", str(tmp_path), "--hours", "0.01", "--threads", "1"]
+    ablate.main(arguments)
+    assert "| dedicated, 4 layers |  |" in capsys.readouterr().out  # it has no exit after layer 2
+    table = json.loads((tmp_path / "ablation.json").read_text())
+    assert [row["variant"] for row in table["rows"]] == list(rows)
+    made = (tmp_path / "plain" / "state.pt").stat().st_mtime_ns
+    ablate.main([*arguments, "--only", "plain"])
+    assert (tmp_path / "plain" / "state.pt").stat().st_mtime_ns == made
+    with pytest.raises(SystemExit, match="unknown variants"):
+        ablate.main([*arguments, "--only", "nothing"])
