@@ -19,17 +19,24 @@ MIN_RATE_HZ = 8_000
 MAX_RATE_HZ = 48_000
 LOUDEST_FLOAT = 16.0  # far above any honest clipping; 16-bit integers in float clothes are far above this
 
-Encoding = Literal["linear16", "float32"]
-_DTYPES: dict[str, np.dtype] = {"linear16": np.dtype("<i2"), "float32": np.dtype("<f4")}
+MAX_CHANNELS = 8
+
+Encoding = Literal["linear16", "float32", "mulaw", "alaw"]
+_DTYPES: dict[str, np.dtype] = {
+    "linear16": np.dtype("<i2"),
+    "float32": np.dtype("<f4"),
+    "mulaw": np.dtype("u1"),
+    "alaw": np.dtype("u1"),
+}
 _WAV_EXTENSIBLE = 0xFFFE
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # written by programs that stream and cannot go back to fill in the length
 _CONTAINERS = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3\x03": "MP3", b"ID3\x04": "MP3", b"FORM": "AIFF"}
 _MAX_HEADER_BYTES = 1 << 16
 
 
-def bytes_per_second(encoding: Encoding, rate_hz: int) -> int:
-    """Returns how many bytes one second of mono audio takes."""
-    return _DTYPES[encoding].itemsize * rate_hz
+def bytes_per_second(encoding: Encoding, rate_hz: int, channels: int = 1) -> int:
+    """Returns how many bytes one second of audio takes."""
+    return _DTYPES[encoding].itemsize * rate_hz * channels
 
 
 def check_rate(rate_hz: int) -> int:
@@ -58,7 +65,7 @@ def read_audio(path: str | Path) -> tuple[np.ndarray, int]:
         raise AudioError(f"{path} is not a readable audio file (wav, flac, ogg, opus and mp3 are): {error}") from None
     if samples.shape[0] == 0:
         raise AudioError(f"{path} holds no samples")
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    mono = one_channel(samples)
     try:
         check_rate(rate_hz)
         check_samples(mono)
@@ -114,12 +121,51 @@ class Resampler:
         return empty if self._stream is None else self._stream.resample_chunk(empty, last=True)
 
 
-class SampleDecoder:
-    """Raw little-endian bytes, cut anywhere, to float32 samples."""
+def check_channels(channels: int, channel: int) -> None:
+    """Raises AudioError unless `channel` is 0 (the mean of all) or counts, from 1, one of `channels`, 1 to 8."""
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise AudioError(f"{channels} channels are not supported: use 1 to {MAX_CHANNELS}")
+    if not 0 <= channel <= channels:
+        raise AudioError(f"channel {channel} was asked for, but there are {channels}: use 1 to {channels}, 0 for all")
 
-    def __init__(self, encoding: Encoding) -> None:
+
+def one_channel(samples: np.ndarray, channel: int = 0) -> np.ndarray:
+    """(N, channels) float32 -> (N,): the channel counted from 1, or with 0 the mean of all."""
+    if samples.shape[1] == 1 or channel:
+        return samples[:, max(0, channel - 1)]
+    return np.asarray(samples.mean(axis=1))
+
+
+def _mulaw_table() -> np.ndarray:
+    """(256,) float32 value of every mu-law byte: ITU-T G.711."""
+    code = ~np.arange(256) & 0xFF
+    magnitude = (((code & 0x0F) << 3) + 0x84 << (code >> 4 & 7)) - 0x84
+    return np.asarray(np.where(code & 0x80, -magnitude, magnitude) / 32768, dtype=np.float32)
+
+
+def _alaw_table() -> np.ndarray:
+    """(256,) float32 value of every A-law byte: ITU-T G.711."""
+    code = np.arange(256) ^ 0x55
+    exponent, mantissa = code >> 4 & 7, (code & 0x0F) << 4
+    magnitude = np.where(exponent == 0, mantissa + 8, mantissa + 0x108 << np.maximum(exponent, 1) - 1)
+    return np.asarray(np.where(code & 0x80, magnitude, -magnitude) / 32768, dtype=np.float32)
+
+
+_TABLES = {"mulaw": _mulaw_table(), "alaw": _alaw_table()}
+
+
+class SampleDecoder:
+    """Raw little-endian bytes, cut anywhere, to mono float32 samples."""
+
+    def __init__(self, encoding: Encoding, channels: int = 1, channel: int = 0) -> None:
+        """`channels` are interleaved; `channel` picks one, counted from 1; 0 takes the mean of all.
+
+        Raises AudioError for more than 8 channels, or a channel that is not there.
+        """
+        check_channels(channels, channel)
         self.encoding: Encoding = encoding
         self._dtype = _DTYPES[encoding]
+        self._channels, self._channel = channels, channel
         self._rest = b""
         self._num_samples = 0
 
@@ -128,31 +174,42 @@ class SampleDecoder:
 
         Raises AudioError for NaN, infinite or absurdly loud float samples.
         """
+        decoded = self.push_all(data)
+        return one_channel(decoded, self._channel) if self._channels > 1 else decoded[:, 0]
+
+    def push_all(self, data: bytes) -> np.ndarray:
+        """As `push`, but all channels: float32 (N, channels)."""
         data = self._rest + data if self._rest else data
-        whole = len(data) - len(data) % self._dtype.itemsize
-        self._rest = data[whole:]
-        samples = np.frombuffer(data, dtype=self._dtype, count=whole // self._dtype.itemsize)
+        count = len(data) // self._frame_bytes * self._channels
+        self._rest = data[count * self._dtype.itemsize :]
+        samples = np.frombuffer(data, dtype=self._dtype, count=count)
         if self.encoding == "linear16":
             decoded = samples.astype(np.float32) / np.float32(32768.0)
-        else:
+        elif self.encoding == "float32":
             decoded = samples.astype(np.float32)
             check_samples(decoded, self._num_samples)
+        else:
+            decoded = _TABLES[self.encoding][samples]
         self._num_samples += decoded.size
-        return decoded
+        return decoded.reshape(-1, self._channels)
 
     def finish(self) -> None:
         """Raises AudioError when the bytes ended in the middle of a sample."""
         if self._rest:
-            size = self._dtype.itemsize
+            size = self._frame_bytes
             raise AudioError(
                 f"the audio ended in the middle of a sample ({len(self._rest)} of {size} bytes): {self.encoding} needs "
                 f"a multiple of {size} bytes; check the encoding"
             )
 
+    @property
+    def _frame_bytes(self) -> int:
+        return self._dtype.itemsize * self._channels
+
 
 @dataclass(frozen=True, slots=True)
 class WavHeader:
-    """What a WAV header says: `encoding` is None when it is neither 16-bit nor 32-bit float."""
+    """What a WAV header says: `encoding` is None when it is none of ours."""
 
     encoding: Encoding | None
     rate_hz: int
@@ -195,7 +252,12 @@ def _wav_header(fmt: bytes, data_start: int, data_bytes: int | None) -> WavHeade
     rate_hz, bits = int.from_bytes(fmt[4:8], "little"), int.from_bytes(fmt[14:16], "little")
     if tag == _WAV_EXTENSIBLE and len(fmt) >= 26:
         tag = int.from_bytes(fmt[24:26], "little")
-    encodings: dict[tuple[int, int], Encoding] = {(1, 16): "linear16", (3, 32): "float32"}
-    kind = {1: "integer PCM", 3: "float"}.get(tag, f"format tag {tag}")
+    encodings: dict[tuple[int, int], Encoding] = {
+        (1, 16): "linear16",
+        (3, 32): "float32",
+        (6, 8): "alaw",
+        (7, 8): "mulaw",
+    }
+    kind = {1: "integer PCM", 3: "float", 6: "A-law", 7: "mu-law"}.get(tag, f"format tag {tag}")
     description = f"{bits}-bit {kind}, {rate_hz} Hz, {channels} channel{'s' if channels != 1 else ''}"
     return WavHeader(encodings.get((tag, bits)), rate_hz, channels, description, data_start, data_bytes)

@@ -50,9 +50,9 @@ class Engine:
         chunk_frames = self.config.chunk_frames(options.chunk_ms)
         deepest = options.policy.deepest(self.config.num_exits)
         cost = self.macs.cost_model(chunk_frames, self.seconds_per_mac)
-        adjustable = options.policy.adjustable
-        budget = DepthBudget(options.budget, cost, self.config.exit_layers, target=adjustable)
-        slot = self.backend.acquire()
+        budget = DepthBudget(options.budget, cost, self.config.exit_layers, target=options.policy.adjustable)
+        captions = Captions(make_decoder(options, self.model), self.model.pieces, self.config.frame_ms)
+        slot = self.backend.acquire()  # nothing below may fail, or the slot would be lost
         if slot is None:
             raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")
         stream = Stream(
@@ -60,7 +60,7 @@ class Engine:
             options=options,
             chunk_frames=chunk_frames,
             features=StreamingLogMel(self.config.features),
-            captions=Captions(make_decoder(options, self.model.pieces), self.model.pieces, self.config.frame_ms),
+            captions=captions,
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
             deepest=deepest,
@@ -89,6 +89,11 @@ class Engine:
         if stream.closed:
             raise StreamStateError("this stream is closed")
         stream.finished = True
+
+    def flush(self, stream: Stream) -> None:
+        """End the utterance with the whole frames pushed so far: a final result follows, even without words."""
+        if not stream.finished:
+            stream.flushes.append(stream.next_frame + stream.features.ready_frames // self.config.subsampling)
 
     def close(self, stream: Stream) -> None:
         """Drop a stream at once; its slot is free when this returns. Closing twice is fine."""
@@ -120,7 +125,8 @@ class Engine:
         """Whether a step could serve this stream now."""
         if stream.ended or stream.closed:
             return False
-        return stream.finished or stream.features.ready_frames >= stream.chunk_frames * self.config.subsampling
+        enough = stream.wanted_frames * self.config.subsampling
+        return stream.finished or bool(stream.flushes) or stream.features.ready_frames >= enough
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -146,15 +152,20 @@ class Engine:
         for stream in moved:
             assert stream.current is not None
             stream.captions.add(stream.current)
-        self._drain([s for s in served if s.failure is None and self._wants_drain(s)])
+        draining = []
+        for stream in served:
+            with Blame([stream]):
+                draining += [stream] if stream.failure is None and self._wants_drain(stream) else []
+        self._drain(draining)
         results, failures = [], []
         for stream in served:
+            with Blame([stream]):
+                if stream.failure is None:
+                    stream.total_macs += stream.step_macs
+                    results.append(self._result(stream))
             if stream.failure is not None:
                 failures.append((stream, stream.failure))
                 self.close(stream)
-            else:
-                stream.total_macs += stream.step_macs
-                results.append(self._result(stream))
         seconds = time.perf_counter() - begin
         total_macs = max(1, sum(result.encoder_macs for result in results))
         for result in results:
@@ -170,7 +181,7 @@ class Engine:
         factor = self.config.subsampling
         groups: dict[int, list[tuple[Stream, np.ndarray]]] = defaultdict(list)
         for stream in streams:
-            samples = stream.features.take(stream.chunk_frames * factor)
+            samples = stream.features.take(stream.wanted_frames * factor)
             if len(samples):
                 groups[-(-num_frames(len(samples), self.config.features) // factor)].append((stream, samples))
         for frames, members in groups.items():
@@ -323,7 +334,7 @@ class Engine:
         """Whether a final is due whose text deeper exits would still revise, and the budget lets them."""
         if not self._may_catch_up(stream) or not stream.captions.revisable:
             return False
-        return self._is_over(stream) or self._endpoint(stream) or self._over_long(stream)
+        return stream.is_over or stream.at_endpoint or stream.is_over_long
 
     @staticmethod
     def _may_catch_up(stream: Stream) -> bool:
@@ -352,32 +363,23 @@ class Engine:
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
-    def _is_over(self, stream: Stream) -> bool:
-        return stream.finished and stream.features.ready_frames == 0
-
-    def _endpoint(self, stream: Stream) -> bool:
-        limit = stream.options.endpoint_silence_ms
-        return limit > 0 and stream.captions.silence_ms() >= limit
-
-    def _over_long(self, stream: Stream) -> bool:
-        return stream.captions.utterance_ms() > stream.options.max_utterance_ms
-
     def _result(self, stream: Stream) -> ChunkResult:
-        captions, over = stream.captions, self._is_over(stream)
+        captions, over = stream.captions, stream.is_over
         final = None
-        if over or self._endpoint(stream):
+        if over or stream.at_endpoint:
+            if stream.flushed:
+                stream.flushes.popleft()
             final = captions.take_final()
-        elif self._over_long(stream):
+        elif stream.is_over_long:
             final = captions.take_all_but_last_word()
             if final is None and captions.utterance_ms() > 2 * stream.options.max_utterance_ms:  # one endless word
                 final = captions.take_final()
         caption = final or captions.caption()
         chunk = stream.current
-        end_ms = stream.samples / self.config.features.sample_rate_hertz * 1000
-        start_ms = stream.next_frame * self.config.frame_ms
-        if chunk is not None:
-            start_ms = chunk.start_frame * self.config.frame_ms
-            end_ms = end_ms if over else start_ms + chunk.frames * self.config.frame_ms
+        frames_before, frames = (stream.next_frame, 0) if chunk is None else (chunk.start_frame, chunk.frames)
+        start_ms, end_ms = (frame * self.config.frame_ms for frame in (frames_before, frames_before + frames))
+        if over:
+            end_ms = stream.samples / self.config.features.sample_rate_hertz * 1000
         stream.ended = over
         exit_index = stream.cap if chunk is None else chunk.exit_index
         return ChunkResult(
@@ -394,5 +396,5 @@ class Engine:
             words=caption.words,
             is_final=final is not None,
             end_of_stream=over,
-            stability=1.0 if final is not None else caption.confidence,
+            stability=1.0 if final is not None else caption.stability,
         )

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Literal
 
 from asr_exit.backend import State
+from asr_exit.biasing import PhraseHint
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
 from asr_exit.config import require
+from asr_exit.endpoint import EndpointRule
 from asr_exit.errors import ConfigError, EngineError
 from asr_exit.evidence import ExitScores
 from asr_exit.features import StreamingLogMel
@@ -45,10 +48,11 @@ class StreamOptions:
     fill: Fill = Fill.CATCH_UP
     decoder: Literal["greedy", "beam"] = "greedy"
     beam_size: int = 8
-    endpoint_silence_ms: float = 960  # this much silence after words ends an utterance; 0 = only the end of audio does
+    endpoint_silence_ms: float = 960  # this much silence after words ends an utterance; 0 = it does not
+    endpoint_rules: tuple[EndpointRule, ...] = ()  # each of them ends an utterance, too
     max_utterance_ms: float = 20_000  # a longer utterance is cut before its last word
     catch_up_cap_chunks: int = 64  # longer backlogs are worked off at once, or given up where the budget forbids that
-
+    phrase_hints: tuple[PhraseHint, ...] = ()  # need the beam decoder
     language_model: LanguageModel | None = None  # needs the beam decoder
 
     def __post_init__(self) -> None:
@@ -58,6 +62,14 @@ class StreamOptions:
         require(self.max_utterance_ms >= 1_000, "max_utterance_ms must be at least 1000")
         require(self.catch_up_cap_chunks >= 1, "catch_up_cap_chunks must be at least 1")
         require(self.language_model is None or self.decoder == "beam", "a language model needs decoder='beam'")
+        _ = self.rules  # raises for a silence that is out of range
+        require(not self.phrase_hints or self.decoder == "beam", "phrase hints need decoder='beam'")
+
+    @cached_property
+    def rules(self) -> tuple[EndpointRule, ...]:
+        """All that end an utterance, but for its greatest length."""
+        silence = (EndpointRule(self.endpoint_silence_ms),) if self.endpoint_silence_ms else ()
+        return silence + self.endpoint_rules
 
 
 @dataclass(eq=False)
@@ -98,9 +110,36 @@ class Stream:
     total_macs: int = 0
     idle_macs: int = 0  # spent between steps, reported with the next result
     finished: bool = False  # no more audio will come
+    flushes: deque[int] = field(default_factory=deque)  # frames at which the utterance is to end
     ended: bool = False  # its last result is out
     closed: bool = False
     failure: Exception | None = None
+
+    @property
+    def wanted_frames(self) -> int:
+        """Encoder frames of the next chunk: to the end of the chunk grid's cell, or to where a flush cuts it."""
+        end = self.next_frame - self.next_frame % self.chunk_frames + self.chunk_frames
+        return min(end, self.flushes[0] if self.flushes else end) - self.next_frame
+
+    @property
+    def flushed(self) -> bool:
+        """Whether a flush is due here."""
+        return bool(self.flushes) and self.next_frame >= self.flushes[0]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all audio has been taken and no more will come."""
+        return self.finished and self.features.ready_frames == 0
+
+    @property
+    def at_endpoint(self) -> bool:
+        """Whether an utterance ends here."""
+        return self.flushed or self.captions.at_endpoint(self.options.rules)
+
+    @property
+    def is_over_long(self) -> bool:
+        """Whether the utterance has to be cut."""
+        return self.captions.has_words and self.captions.utterance_ms() > self.options.max_utterance_ms
 
     def waiting(self, segment: int) -> int:
         """Chunks waiting at the door of `segment`."""
@@ -124,7 +163,7 @@ class ChunkResult:
     words: tuple[Word, ...]  # of the current utterance
     is_final: bool  # the utterance ended: `committed` is its final text, `tail` is empty
     end_of_stream: bool
-    stability: float  # 1 for finals; else the mean posterior of the words shown
+    stability: float  # 1 for finals; else how likely the text is to stay as it is
 
 
 @dataclass(frozen=True)

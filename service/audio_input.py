@@ -2,34 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 
 from asr_exit.audio import (
+    MODEL_RATE_HZ,
     Encoding,
     Resampler,
     SampleDecoder,
     WavHeader,
     bytes_per_second,
+    check_channels,
+    check_rate,
     foreign_container,
     looks_like_wav,
     parse_wav_header,
 )
 from asr_exit.errors import AudioError
 
-_HEAD_BYTES = 12  # enough to tell a WAV file from samples
+HEAD_BYTES = 12  # enough to tell a WAV file from samples
+Container = Literal["flac", "ogg_opus", "any"]
+
+
+@dataclass(frozen=True, slots=True)
+class AudioFormat:
+    """What the bytes of a stream are said to be. Raises AudioError for a rate or channels out of range."""
+
+    encoding: Encoding | Container = "linear16"  # "any": a file that says itself what it is
+    rate_hz: int = 0  # 0: what the file says
+    channels: int = 0  # 0: what the file says; mono for raw samples
+    channel: int = 0  # which to recognise, counted from 1; 0: the mean of all
+
+    def __post_init__(self) -> None:
+        if self.rate_hz or self.is_raw:
+            check_rate(self.rate_hz)
+        if self.channels or self.is_raw:
+            check_channels(self.channels or 1, self.channel)
+
+    @property
+    def is_raw(self) -> bool:
+        """Samples without a container, but for a WAV header that repeats what is said here."""
+        return self.encoding not in ("flac", "ogg_opus", "any")
+
+
+UNPACKED = AudioFormat("float32", MODEL_RATE_HZ)  # what is inside a container, on its way to the engine
 
 
 class AudioInput:
     """Decodes and resamples one stream; a WAV header at its start is read and checked, never decoded as sound."""
 
-    def __init__(self, encoding: Encoding, rate_hz: int) -> None:
-        """`rate_hz` is the rate of the samples on the wire; AudioError outside 8000..48000."""
-        self.encoding: Encoding = encoding
-        self.rate_hz = rate_hz
-        self.bytes_per_second = bytes_per_second(encoding, rate_hz)
-        self._decoder = SampleDecoder(encoding)
-        self._resampler = Resampler(rate_hz)
-        self._head: bytes | None = b""  # None once it is known where the samples start
+    def __init__(self, audio: AudioFormat) -> None:
+        """`audio` says what the samples on the wire are; they are raw."""
+        self.encoding: Encoding = audio.encoding  # type: ignore[assignment]  # raw: see AudioFormat.is_raw
+        self.rate_hz, self.channels = audio.rate_hz, audio.channels or 1
+        self.bytes_per_second = bytes_per_second(self.encoding, self.rate_hz, self.channels)
+        self._decoder = SampleDecoder(self.encoding, self.channels, audio.channel)
+        self._resampler = Resampler(audio.rate_hz)
+        # None once it is known where the samples start
+        self._head: bytes | None = None if audio is UNPACKED else b""
         self._data_bytes_left: int | None = None  # from the WAV header: what follows the samples is not sound
 
     def push(self, data: bytes) -> np.ndarray:
@@ -45,7 +77,7 @@ class AudioInput:
         """Returns the last samples, float32 (N,). Raises AudioError when the audio ended within a sample or header."""
         first = np.zeros(0, dtype=np.float32)
         if self._head:
-            if looks_like_wav(self._head) and len(self._head) >= _HEAD_BYTES:
+            if looks_like_wav(self._head) and len(self._head) >= HEAD_BYTES:
                 raise AudioError("the audio ended within its WAV header: send the whole file, or raw samples")
             first = self._resampler.push(self._decoder.push(self._head))
         self._decoder.finish()
@@ -56,12 +88,13 @@ class AudioInput:
         container = foreign_container(head)
         if container is not None:
             raise AudioError(
-                f"this is a {container} file, but raw {self.encoding} samples were announced: decode it before sending"
+                f"this is a {container} file, but raw {self.encoding} samples were announced: say so in the encoding, "
+                "or decode it before sending"
             )
         if not looks_like_wav(head):
             self._head = None
             return head
-        header = parse_wav_header(head) if len(head) >= _HEAD_BYTES else None
+        header = parse_wav_header(head) if len(head) >= HEAD_BYTES else None
         if header is None:
             self._head = head
             return b""
@@ -71,9 +104,11 @@ class AudioInput:
         return head[header.data_start :]
 
     def _check_header(self, header: WavHeader) -> None:
-        if header.encoding == self.encoding and header.rate_hz == self.rate_hz and header.channels == 1:
+        said = (self.encoding, self.rate_hz, self.channels)
+        if said == (header.encoding, header.rate_hz, header.channels):
             return
+        number = "mono" if self.channels == 1 else f"{self.channels}-channel"
         raise AudioError(
-            f"the audio starts with a WAV header that says {header.description}, but the stream was announced as mono "
-            f"{self.encoding} at {self.rate_hz} Hz: make the two agree, or send raw samples without a header"
+            f"the audio starts with a WAV header that says {header.description}, but the stream was announced as "
+            f"{number} {self.encoding} at {self.rate_hz} Hz: make the two agree, or send raw samples without a header"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Literal
 
 import grpc
 
@@ -15,8 +16,22 @@ from service.pb import speech_pb2_grpc
 from service.results import Caption, CaptionWord, ChunkDepth
 from service.tls import channel_credentials
 
-Part = bytes | Budget  # audio, or a new budget from here on
-_ENCODINGS = {"linear16": pb.StreamingConfig.LINEAR16, "float32": pb.StreamingConfig.FLOAT32}
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Asks for a final result of what was sent so far; the stream goes on."""
+
+
+Part = bytes | Budget | Flush  # audio, a new budget from here on, or the end of an utterance
+_ENCODINGS = {
+    "linear16": pb.StreamingConfig.LINEAR16,
+    "float32": pb.StreamingConfig.FLOAT32,
+    "mulaw": pb.StreamingConfig.MULAW,
+    "alaw": pb.StreamingConfig.ALAW,
+    "flac": pb.StreamingConfig.FLAC,
+    "ogg_opus": pb.StreamingConfig.OGG_OPUS,
+    "any": pb.StreamingConfig.ENCODING_UNSPECIFIED,
+}
 _OPTIONS = [("grpc.max_send_message_length", -1)]
 
 
@@ -34,8 +49,10 @@ class ServiceError(Exception):
 class StreamSettings:
     """What to ask for; empty and zero take the server's defaults."""
 
-    rate_hz: int = 16_000
-    encoding: Encoding = "linear16"
+    rate_hz: int = 16_000  # 0: what the file says
+    encoding: Encoding | Literal["flac", "ogg_opus", "any"] = "linear16"  # any: a file that says itself what it is
+    channels: int = 0
+    channel: int = 0  # which to recognise, counted from 1; 0: the mean of all
     interim_results: bool = True
     word_times: bool = False
     chunk_ms: int = 0
@@ -44,6 +61,9 @@ class StreamSettings:
     budget: Budget = field(default_factory=Budget)
     model: str = ""
     language_model_weight: float | None = None  # 0: without
+    phrases: tuple[str, ...] = ()  # likely to be said
+    boost: float = 0.0  # of the phrases
+    endpoint_silence_ms: int | None = None  # that ends an utterance; 0: none does
 
     def message(self) -> pb.StreamingRecognizeRequest:
         """The first message of a stream."""
@@ -58,7 +78,13 @@ class StreamSettings:
             compute_budget=budget_message(self.budget),
             model=self.model,
             language_model_weight=self.language_model_weight,
+            audio_channel_count=self.channels,
+            audio_channel=self.channel,
         )
+        if self.phrases:
+            config.phrase_hints.add(phrases=self.phrases, boost=self.boost)
+        if self.endpoint_silence_ms is not None:
+            config.endpointing.silence_ms = self.endpoint_silence_ms
         return pb.StreamingRecognizeRequest(streaming_config=config)
 
 
@@ -209,7 +235,9 @@ def budget_message(budget: Budget) -> pb.ComputeBudget:
 
 
 def part_message(part: Part) -> pb.StreamingRecognizeRequest:
-    """Audio or a change of budget on the wire."""
+    """Audio or a command on the wire."""
+    if isinstance(part, Flush):
+        return pb.StreamingRecognizeRequest(control=pb.StreamControl(flush=pb.Flush()))
     if isinstance(part, Budget):
         return pb.StreamingRecognizeRequest(control=pb.StreamControl(compute_budget=budget_message(part)))
     return pb.StreamingRecognizeRequest(audio_content=part)

@@ -98,6 +98,7 @@ class StreamDefaults:
     policy: str = "auto"  # posterior where the model is calibrated for it, else full
     fill: str = "propagate"  # what the calibration was made with; catch_up brings every final text to full depth
     endpoint_silence_ms: int = 960  # silence that ends an utterance; 0: only the end of the stream does
+    max_utterance_ms: int = 20_000  # a longer utterance is cut before its last word
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import grpc
 
 from asr_exit.scheduler import Batching, Scheduler
 from service.errors import StreamError
-from service.feed import Audio, Close, Command, Feed, Finish, Open, SetBudget
+from service.feed import Audio, Close, Command, Feed, Finish, Flush, Open, SetBudget
 
 if TYPE_CHECKING:
     from asr_exit.engine import Engine
@@ -158,7 +158,9 @@ class EngineThread:
             return
         stream = feed.stream
         assert stream is not None, "commands other than Open are submitted only after on_opened"
-        if isinstance(command, Finish):
+        if isinstance(command, Flush):
+            self._engine.flush(stream)
+        elif isinstance(command, Finish):
             self._engine.push(stream, feed.input.finish())
             self._engine.finish(stream)
         elif isinstance(command, SetBudget):

@@ -43,6 +43,11 @@ def invalid(message: str) -> StreamError:
     return StreamError(grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
+def undecodable() -> StreamError:
+    """Returns the error for bytes that are not the message that belongs there."""
+    return invalid("a message could not be decoded: check that client and server use the same proto file")
+
+
 def to_stream_error(error: BaseException) -> StreamError:
     """Maps any exception to the status the client sees. Unknown ones become INTERNAL without their details."""
     if isinstance(error, StreamError):

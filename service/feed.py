@@ -6,11 +6,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from service.audio_input import AudioInput
+from service.audio_input import UNPACKED, AudioFormat, AudioInput
 from service.logs import stream_id
 
 if TYPE_CHECKING:
-    from asr_exit.audio import Encoding
     from asr_exit.budget import Budget
     from asr_exit.stream import ChunkResult, Stream, StreamOptions
 
@@ -36,6 +35,11 @@ class SetBudget:
 
 
 @dataclass(frozen=True, slots=True)
+class Flush:
+    """End the utterance with what has arrived so far; the stream goes on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """No more audio: flush."""
 
@@ -45,7 +49,7 @@ class Close:
     """Give the slot back now; what is not recognised yet is dropped."""
 
 
-Command = Open | Audio | SetBudget | Finish | Close
+Command = Open | Audio | SetBudget | Flush | Finish | Close
 
 
 class Listener(Protocol):
@@ -67,11 +71,11 @@ class Listener(Protocol):
 class Feed:
     """Belongs to the engine thread, except `commands`, which its lock guards, and `abandoned`."""
 
-    def __init__(self, options: StreamOptions, encoding: Encoding, rate_hz: int, listener: Listener) -> None:
-        """Raises AudioError for a rate outside 8000..48000 Hz."""
+    def __init__(self, options: StreamOptions, audio: AudioFormat, listener: Listener) -> None:
+        """`audio` says what `Audio` commands carry, if it is raw; containers are unpacked before they come here."""
         self.options = options
         self.stream_id = stream_id.get()  # for log lines
-        self.input = AudioInput(encoding, rate_hz)
+        self.input = AudioInput(audio if audio.is_raw else UNPACKED)
         self.listener = listener
         self.commands: list[Command] = []
         self.abandoned = False  # set by the event loop: do not spend time on audio that is still queued

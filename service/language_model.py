@@ -12,7 +12,6 @@ from service.errors import invalid
 if TYPE_CHECKING:
     from asr_exit.stream import StreamOptions
     from service.config import LanguageModelConfig
-    from service.pb import speech_pb2 as pb
 
 
 class ServedLanguageModel:
@@ -26,12 +25,11 @@ class ServedLanguageModel:
             model = load_ngram_model(config.path)
             self._fusion = LanguageModel(model, config.weight, config.word_bonus, config.unknown_penalty)
 
-    def apply(self, request: pb.StreamingConfig, options: StreamOptions) -> StreamOptions:
-        """`options` with the language model, unless the request's weight is 0.
+    def apply(self, asked: float | None, options: StreamOptions) -> StreamOptions:
+        """`options` with the language model at the weight that is asked for, None being the server's, unless it is 0.
 
         Raises StreamError when a weight is asked for and there is no model, ConfigError for a weight out of range.
         """
-        asked = request.language_model_weight if request.HasField("language_model_weight") else None
         if self._fusion is None:
             if asked:
                 raise invalid("no language model is served here: leave language_model_weight unset, or send 0")

@@ -26,6 +26,7 @@ from service.metrics import Metrics
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
 from service.reception import Reception
+from service.riva import RivaServicer
 from service.servicer import SpeechServicer
 from service.tls import server_credentials
 
@@ -89,6 +90,7 @@ class SpeechServer:
         choices = [ms for ms in _CHUNK_CHOICES_MS if _fits(self._model, ms)]
         description = wire.describe(self._model, self._config.stream, choices)
         self.servicer = SpeechServicer(self._model, self.reception, self._config, description, self._language_model)
+        riva = RivaServicer(self._model, self._config.stream, self.servicer, choices)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[TokenInterceptor(self._tokens, self.metrics.refused)] if self._tokens else None,
@@ -100,6 +102,7 @@ class SpeechServer:
             ],
         )
         speech_pb2_grpc.add_SpeechServicer_to_server(self.servicer, self._server)
+        self._server.add_generic_rpc_handlers((riva.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         listen = self._config.listen

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
+from asr_exit.budget import Budget
 from service import wire
-from service.errors import StreamError, abort, invalid, to_stream_error
+from service.dialect import Dialect, EndUtterance, NativeDialect
+from service.errors import StreamError, abort, invalid, to_stream_error, undecodable
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from asr_exit.checkpoint import Model
     from service.config import ServeConfig
     from service.language_model import ServedLanguageModel
+    from service.outbox import Update
     from service.reception import Reception
     from service.session import Session, StreamRequest
 
@@ -46,15 +51,39 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
         self, request_iterator: AsyncIterator[pb.StreamingRecognizeRequest], context: grpc.aio.ServicerContext
     ):
         """See speech.proto."""
+        await self.converse(context, NativeDialect(self._model, self._config.stream))
+
+    async def converse(self, context: grpc.aio.ServicerContext, dialect: Dialect) -> None:
+        """Serves one streaming call, whatever its protocol."""
         try:
-            request = await self._first(context)
+            message = await self._next(context)
+            if message is None:
+                raise invalid("the stream ended before its configuration: send streaming_config in the first message")
+            request = self._complete(context, partial(dialect.configure, message))
             async with self._reception.stream(context, request) as session:
-                reader = asyncio.create_task(self._read(context, session))
+                reader = asyncio.create_task(self._read(context, session, dialect))
                 try:
-                    await self._write(context, session)
+                    await self._write(context, session, dialect)
                 finally:
                     reader.cancel()
         except StreamError as error:  # the session is closed: the status waits behind results the client does not read
+            await abort(context, error)
+
+    async def recognize(
+        self, context: grpc.aio.ServicerContext, configure: Callable[[], StreamRequest], audio: bytes
+    ) -> list[Update]:
+        """Serves one call that carries all its audio: returns the final updates, or ends the call with a status."""
+        try:
+            updates = []
+            async with self._reception.stream(context, self._complete(context, configure)) as session:
+                sender = asyncio.create_task(self._send_all(session, audio))
+                try:
+                    while (update := await session.receive()) is not None:
+                        updates.append(update)
+                finally:
+                    sender.cancel()
+            return updates
+        except StreamError as error:
             await abort(context, error)
 
     async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
@@ -65,52 +94,55 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
             await abort(context, error)
         return self._description
 
-    async def _first(self, context: grpc.aio.ServicerContext) -> StreamRequest:
-        """The configuration in the first message. Raises StreamError."""
-        request = await self._next(context)
-        if request is None:
-            raise invalid("the stream ended before its configuration: send streaming_config in the first message")
-        kind = request.WhichOneof("streaming_request")
-        if kind != "streaming_config":
-            raise invalid(f"the first message carries {kind or 'nothing'}: it must carry streaming_config")
+    def _complete(self, context: grpc.aio.ServicerContext, configure: Callable[[], StreamRequest]) -> StreamRequest:
+        """What the call asks for, with what its metadata and the server add. Raises StreamError."""
         try:
-            parsed = wire.parse_config(request.streaming_config, self._config.stream, self._model)
-            options = self._language_model.apply(request.streaming_config, parsed.options)
-            return replace(parsed, options=options)
+            request = configure()
+            budget = wire.budget_in_metadata(context.invocation_metadata())
+            if budget is not None and request.options.budget == Budget():
+                request = replace(request, options=replace(request.options, budget=budget))
+            options = self._language_model.apply(request.language_model_weight, request.options)
+            return replace(request, options=options)
         except Exception as error:
             raise _reported(error) from error
 
-    async def _read(self, context: grpc.aio.ServicerContext, session: Session) -> None:
+    async def _read(self, context: grpc.aio.ServicerContext, session: Session, dialect: Dialect) -> None:
         """Client to engine; ends the session with an error instead of raising."""
         try:
-            while (request := await self._next(context)) is not None:
-                kind = request.WhichOneof("streaming_request")
-                if kind == "audio_content":
-                    await session.send_audio(request.audio_content)
-                elif kind == "control" and request.control.WhichOneof("command") == "compute_budget":
-                    session.set_budget(wire.parse_budget(request.control.compute_budget))
-                elif kind == "streaming_config":
-                    raise invalid("streaming_config was sent twice: it belongs into the first message only")
-                else:
-                    raise invalid(
-                        f"a message with an empty {kind or 'request'}: send audio_content or a control command"
-                    )
-            session.finish()
+            while (message := await self._next(context)) is not None:
+                for part in dialect.parts(message):
+                    if isinstance(part, Budget):
+                        session.set_budget(part)
+                    elif isinstance(part, EndUtterance):
+                        await session.flush()
+                    else:
+                        await session.send_audio(part)
+            await session.end_audio()
         except asyncio.CancelledError:
             raise
         except Exception as error:
             session.fail(_reported(error))
 
-    async def _write(self, context: grpc.aio.ServicerContext, session: Session) -> None:
-        """Engine to client."""
-        first = True
-        while (update := await session.receive()) is not None:
-            message = wire.response(update, word_times=session.request.word_times, first=first)
-            await self._send(context, message)
-            result = message.results[0]
-            first = first and not (result.is_final and result.alternatives)
+    async def _send_all(self, session: Session, audio: bytes) -> None:
+        """All of a call's audio to the engine; ends the session with an error instead of raising."""
+        try:
+            size = self._config.limits.message_bytes
+            for start in range(0, len(audio), size):
+                await session.send_audio(audio[start : start + size])
+            await session.end_audio()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            session.fail(_reported(error))
 
-    async def _send(self, context: grpc.aio.ServicerContext, message: pb.StreamingRecognizeResponse) -> None:
+    async def _write(self, context: grpc.aio.ServicerContext, session: Session, dialect: Dialect) -> None:
+        """Engine to client."""
+        while (update := await session.receive()) is not None:
+            message = dialect.respond(update)
+            if message is not None:
+                await self._send(context, message)
+
+    async def _send(self, context: grpc.aio.ServicerContext, message: Any) -> None:
         """Waits for a client that reads slowly, but not for ever."""
         idle_s = self._config.limits.idle_s
         try:
@@ -122,7 +154,7 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
                 f"no result was read for {idle_s:g} s: read results while sending audio",
             ) from None
 
-    async def _next(self, context: grpc.aio.ServicerContext) -> pb.StreamingRecognizeRequest | None:
+    async def _next(self, context: grpc.aio.ServicerContext) -> Any | None:
         """The next request, or None when the client closed its side."""
         idle_s = self._config.limits.idle_s
         try:
@@ -133,6 +165,8 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 f"nothing was sent for {idle_s:g} s: send audio, silence included, or close the stream",
             ) from None
+        except DecodeError:
+            raise undecodable() from None
         return None if request is grpc.aio.EOF else request
 
 

@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
 
 from service.errors import StreamError, invalid, to_stream_error
-from service.feed import Audio, Close, Feed, Finish, Open, SetBudget
+from service.feed import Audio, Close, Command, Feed, Finish, Flush, Open, SetBudget
 from service.outbox import Outbox, Update
+from service.unpack import Unpacker
 
 if TYPE_CHECKING:
-    from asr_exit.audio import Encoding
+    import numpy as np
+
     from asr_exit.budget import Budget
     from asr_exit.stream import ChunkResult, StreamOptions
+    from service.audio_input import AudioFormat
     from service.config import LimitsConfig
     from service.engine_thread import EngineThread
 
 _SLICE_S = 0.5  # audio handed to the engine thread at once, so that a large message does not hold up other streams
+_PACKED_SLICE_BYTES = 4096  # of a container, unpacked at once
 _MAX_QUEUED_COMMANDS = 64
 _WAKE_COMMANDS = 16
 
@@ -30,10 +35,10 @@ class StreamRequest:
     """What a client asked for, checked and in the library's terms."""
 
     options: StreamOptions
-    encoding: Encoding
-    rate_hz: int
+    audio: AudioFormat
     interim_results: bool
     word_times: bool
+    language_model_weight: float | None = None  # None: the server's; 0: without
 
 
 class Session:
@@ -47,7 +52,7 @@ class Session:
         on_final: Callable[[str], None] | None = None,
         on_slot_free: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises AudioError for a rate outside 8000..48000 Hz. Takes no slot yet.
+        """Takes no slot yet.
 
         `on_final` gets every final text; `on_slot_free` is called when the slot is given back, perhaps more than once.
         """
@@ -56,14 +61,16 @@ class Session:
         self.request = request
         self._engine = engine
         self._limits = limits
-        self._feed = Feed(request.options, request.encoding, request.rate_hz, self)
+        self._feed = Feed(request.options, request.audio, self)
+        self._unpacker = None if request.audio.is_raw else Unpacker(request.audio)
         self._outbox = Outbox(
             interim_results=request.interim_results, unread_chunks=limits.unread_chunks, on_read=self._look_again
         )
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._room = asyncio.Event()
         self._queued_commands = 0
-        self._received_bytes = 0
+        self._received_bytes = 0  # of samples, on their way to the engine
+        self._heard_nothing = True
         self._processed_s = 0.0
         self._ended = False
         self._closed = False
@@ -86,6 +93,34 @@ class Session:
                 "a time, best 20 to 200 ms"
             )
         arrived_at = self._engine.clock()
+        self._heard_nothing = self._heard_nothing and not data
+        if self._unpacker is None:
+            await self._send_samples(data, arrived_at)
+            return
+        for start in range(0, len(data), _PACKED_SLICE_BYTES):
+            part = data[start : start + _PACKED_SLICE_BYTES]
+            await self._send_unpacked(partial(self._unpacker.push, part), self._unpacker, arrived_at)
+
+    async def end_audio(self) -> None:
+        """No more audio will come: sends what a container still holds back, then finishes. Raises StreamError."""
+        if self._unpacker is not None and not self._heard_nothing:
+            await self._send_unpacked(self._unpacker.finish, self._unpacker, self._engine.clock())
+        self.finish()
+
+    async def _send_unpacked(self, first: Callable[[], None], unpacker: Unpacker, arrived_at: float) -> None:
+        """Runs `first`, then decodes step by step; on another thread, for compressed audio takes time to decode."""
+
+        def step(before: Callable[[], None] | None) -> np.ndarray | None:
+            if before is not None:
+                before()
+            return unpacker.pull()
+
+        samples = await asyncio.to_thread(step, first)
+        while samples is not None:
+            await self._send_samples(samples.tobytes(), arrived_at)
+            samples = await asyncio.to_thread(step, None)
+
+    async def _send_samples(self, data: bytes, arrived_at: float) -> None:
         per_second = self._feed.input.bytes_per_second
         slice_bytes = int(_SLICE_S * per_second)
         for start in range(0, len(data), slice_bytes):
@@ -99,13 +134,18 @@ class Session:
                 )
             self._submit(Audio(part, arrived_at), wake=self._is_worth_waking)
 
+    async def flush(self) -> None:
+        """Ends the utterance with what has arrived; a final result follows, even without words."""
+        await self._wait_for_room()
+        self._submit(Flush())
+
     def set_budget(self, budget: Budget) -> None:
         """Replaces the compute budget from the next chunk on."""
         self._submit(SetBudget(budget))
 
     def finish(self) -> None:
         """No more audio will come. Raises StreamError when none came at all."""
-        if self._received_bytes == 0:
+        if self._heard_nothing:
             raise invalid("the stream ended without any audio: send audio_content before closing it")
         self._submit(Finish())
 
@@ -157,7 +197,7 @@ class Session:
             self._opened.set_exception(to_stream_error(error))
         self.fail(error)
 
-    def _submit(self, command: Open | Audio | SetBudget | Finish | Close, wake: bool = True) -> None:
+    def _submit(self, command: Command, wake: bool = True) -> None:
         self._queued_commands += 1
         self._engine.submit(self._feed, command, wake=wake)
 

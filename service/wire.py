@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from google.protobuf.duration_pb2 import Duration
 
-from asr_exit.audio import MODEL_RATE_HZ, Encoding, check_rate
+from asr_exit.audio import MODEL_RATE_HZ, Encoding
+from asr_exit.biasing import DEFAULT_BOOST, PhraseHint
 from asr_exit.budget import Budget
+from asr_exit.endpoint import EndpointRule
 from asr_exit.policy import CRITERIA, Reason, parse_policy
 from asr_exit.stream import Fill, StreamOptions
+from service.audio_input import AudioFormat, Container
 from service.errors import StreamError, invalid
 from service.outbox import ChunkRecord, Update
 from service.pb import speech_pb2 as pb
@@ -21,10 +24,18 @@ if TYPE_CHECKING:
     from asr_exit.words import Word
     from service.config import StreamDefaults
 
-ENCODINGS: dict[pb.StreamingConfig.AudioEncoding, Encoding] = {
+ENCODINGS: dict[pb.StreamingConfig.AudioEncoding, Encoding | Container] = {
+    pb.StreamingConfig.ENCODING_UNSPECIFIED: "any",
     pb.StreamingConfig.LINEAR16: "linear16",
     pb.StreamingConfig.FLOAT32: "float32",
+    pb.StreamingConfig.FLAC: "flac",
+    pb.StreamingConfig.OGG_OPUS: "ogg_opus",
+    pb.StreamingConfig.MULAW: "mulaw",
+    pb.StreamingConfig.ALAW: "alaw",
 }
+BUDGET_KEY = "x-compute-budget"
+MAX_HINTS, MAX_HINT_CHARACTERS = 500, 200
+MAX_ENDPOINT_RULES = 8
 POLICIES = ("auto", "full", "fixed", *CRITERIA)
 DECISIONS: dict[Reason, pb.ChunkReport.Decision] = {
     Reason.CONFIDENT: pb.ChunkReport.CONFIDENT,
@@ -43,32 +54,74 @@ def parse_config(config: pb.StreamingConfig, defaults: StreamDefaults, model: Mo
     check_model_name(config.model, model)
     encoding = ENCODINGS.get(config.encoding)
     if encoding is None:
-        given = "not set" if config.encoding == 0 else f"{config.encoding}, which is unknown here"
-        names = " or ".join(pb.StreamingConfig.AudioEncoding.Name(number) for number in ENCODINGS)
-        raise invalid(f"streaming_config.encoding is {given}: use {names}")
-    if config.sample_rate_hertz == 0:
+        names = ", ".join(pb.StreamingConfig.AudioEncoding.Name(number) for number in ENCODINGS if number)
+        raise invalid(f"streaming_config.encoding is {config.encoding}, which is unknown here: use one of {names}")
+    if config.sample_rate_hertz == 0 and encoding not in ("any", "flac", "ogg_opus"):
         raise invalid("streaming_config.sample_rate_hertz is not set: give the rate of the audio, 8000 to 48000")
-    check_rate(config.sample_rate_hertz)
-    options = StreamOptions(
-        chunk_ms=config.chunk_ms or defaults.chunk_ms,
-        policy=parse_policy(
-            config.policy or defaults.policy,
-            exit_layers=model.config.exit_layers,
-            calibration=model.calibration,
-            chunk_ms=config.chunk_ms or defaults.chunk_ms,
-        ),
-        budget=parse_budget(config.compute_budget),
-        fill=Fill.parse(config.fill or defaults.fill),
-        endpoint_silence_ms=defaults.endpoint_silence_ms,
-    )
-    model.config.chunk_frames(options.chunk_ms)
+    weight = config.language_model_weight if config.HasField("language_model_weight") else None
     return StreamRequest(
-        options=options,
-        encoding=encoding,
-        rate_hz=config.sample_rate_hertz,
+        options=stream_options(
+            defaults,
+            model,
+            chunk_ms=config.chunk_ms,
+            policy=config.policy,
+            fill=config.fill,
+            budget=parse_budget(config.compute_budget),
+            hints=[
+                PhraseHint(phrase, hints.boost or DEFAULT_BOOST)
+                for hints in config.phrase_hints
+                for phrase in hints.phrases
+            ],
+            endpointing=config.endpointing,
+        ),
+        audio=AudioFormat(encoding, config.sample_rate_hertz, config.audio_channel_count, config.audio_channel),
         interim_results=config.interim_results,
         word_times=config.enable_word_time_offsets,
+        language_model_weight=weight,
     )
+
+
+def stream_options(
+    defaults: StreamDefaults,
+    model: Model,
+    *,
+    chunk_ms: int = 0,
+    policy: str = "",
+    fill: str = "",
+    budget: Budget | None = None,
+    hints: Sequence[PhraseHint] = (),
+    endpointing: pb.EndpointingConfig | None = None,
+) -> StreamOptions:
+    """The engine's options; what is empty comes from `defaults`. Raises StreamError or ConfigError."""
+    endpointing = endpointing or pb.EndpointingConfig()
+    if len(hints) > MAX_HINTS or any(len(hint.phrase) > MAX_HINT_CHARACTERS for hint in hints):
+        raise invalid(
+            f"too many or too long phrase hints: at most {MAX_HINTS} phrases of up to {MAX_HINT_CHARACTERS} characters"
+        )
+    if len(endpointing.rules) > MAX_ENDPOINT_RULES:
+        raise invalid(f"endpointing has {len(endpointing.rules)} rules: use at most {MAX_ENDPOINT_RULES}")
+    silence_ms = endpointing.silence_ms if endpointing.HasField("silence_ms") else defaults.endpoint_silence_ms
+    options = StreamOptions(
+        chunk_ms=chunk_ms or defaults.chunk_ms,
+        policy=parse_policy(
+            policy or defaults.policy,
+            exit_layers=model.config.exit_layers,
+            calibration=model.calibration,
+            chunk_ms=chunk_ms or defaults.chunk_ms,
+        ),
+        budget=budget or Budget(),
+        fill=Fill.parse(fill or defaults.fill),
+        decoder="beam" if hints else "greedy",
+        phrase_hints=tuple(hints),
+        endpoint_silence_ms=silence_ms,
+        endpoint_rules=tuple(
+            EndpointRule(rule.min_silence_ms, not rule.without_speech, rule.min_utterance_ms)
+            for rule in endpointing.rules
+        ),
+        max_utterance_ms=endpointing.max_utterance_ms or defaults.max_utterance_ms,
+    )
+    model.config.chunk_frames(options.chunk_ms)
+    return options
 
 
 def parse_budget(budget: pb.ComputeBudget) -> Budget:
@@ -79,6 +132,14 @@ def parse_budget(budget: pb.ComputeBudget) -> Budget:
         if value := getattr(budget, name):
             values[name] = value
     return Budget(**values)
+
+
+def budget_in_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> Budget | None:
+    """The budget that the call's metadata set, if any. Raises ConfigError when it cannot be read."""
+    for key, value in metadata or ():
+        if key == BUDGET_KEY:
+            return Budget.parse(value if isinstance(value, str) else value.decode("latin-1"))
+    return None
 
 
 def check_model_name(name: str, model: Model) -> None:
@@ -144,7 +205,7 @@ def describe(model: Model, defaults: StreamDefaults, chunk_ms: Sequence[int]) ->
         default_policy=defaults.policy,
         fills=[fill.value for fill in Fill],
         default_fill=defaults.fill,
-        encodings=ENCODINGS.keys(),
+        encodings=[number for number in ENCODINGS if number],
         provenance={str(key): str(value) for key, value in model.provenance.items()},
     )
 

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
     from asr_exit.backend import StreamingModel
 
-HELP = "measure speed, parity, depth switches, memory, exit criteria, fills, decisions, an exported model, or a server"
+HELP = "measure speed, parity, depth switches, memory, criteria, fills, an exported model, a server, or its clients"
 DEVIATION_BAR = 0.15
 DEVIATION_BATCH = 16  # the bar holds from this batch size on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand for each measurement."""
+    from service.cli import bench_clients
     from service.cli.bench_depth import add_depth_arguments
     from service.cli.bench_edge import add_edge, run_edge
     from service.cli.bench_service import add_kinds
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_kinds(kinds)
     edge = add_edge(kinds)
     runs = {edge: run_edge, engine: _engine, parity: _parity, switches: _switches, memory: _memory}
+    runs |= bench_clients.add_kinds(kinds)
     for kind, run_kind in runs.items():
         kind.add_argument("--chunk-ms", type=int, choices=(160, 320, 640, 1280), default=640, help="default: 640")
         kind.add_argument("--json", action="store_true", help="one JSON object instead of the table")
@@ -354,6 +356,7 @@ def print_report(
     cells: Sequence[Sequence[object]],
     notes: Sequence[str],
 ) -> int:
+    """Prints a table or one JSON object, with where it was measured; returns 1 when the bar is not met."""
     import json
 
     from rich.console import Console

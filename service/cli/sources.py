@@ -19,7 +19,7 @@ def file_parts(path: str) -> tuple[list[bytes], int]:
     from asr_exit.audio import read_audio
 
     samples, rate_hz = read_audio(path)
-    data = (np.clip(samples, -1.0, 1.0) * 32767.0).round().astype("<i2").tobytes()
+    data = np.clip((samples * 32768.0).round(), -32768.0, 32767.0).astype("<i2").tobytes()  # exact for 16-bit files
     size = 2 * int(MESSAGE_S * rate_hz)
     return [data[start : start + size] for start in range(0, len(data), size)], rate_hz
 

@@ -21,14 +21,22 @@ class StreamingRecognizeRequest(_message.Message):
     def __init__(self, streaming_config: _Optional[_Union[StreamingConfig, _Mapping]] = ..., audio_content: _Optional[bytes] = ..., control: _Optional[_Union[StreamControl, _Mapping]] = ...) -> None: ...
 
 class StreamingConfig(_message.Message):
-    __slots__ = ("encoding", "sample_rate_hertz", "interim_results", "enable_word_time_offsets", "chunk_ms", "policy", "fill", "compute_budget", "model", "language_model_weight")
+    __slots__ = ("encoding", "sample_rate_hertz", "interim_results", "enable_word_time_offsets", "chunk_ms", "policy", "fill", "compute_budget", "model", "audio_channel_count", "audio_channel", "endpointing", "phrase_hints", "language_model_weight")
     class AudioEncoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ENCODING_UNSPECIFIED: _ClassVar[StreamingConfig.AudioEncoding]
         LINEAR16: _ClassVar[StreamingConfig.AudioEncoding]
+        FLAC: _ClassVar[StreamingConfig.AudioEncoding]
+        MULAW: _ClassVar[StreamingConfig.AudioEncoding]
+        OGG_OPUS: _ClassVar[StreamingConfig.AudioEncoding]
+        ALAW: _ClassVar[StreamingConfig.AudioEncoding]
         FLOAT32: _ClassVar[StreamingConfig.AudioEncoding]
     ENCODING_UNSPECIFIED: StreamingConfig.AudioEncoding
     LINEAR16: StreamingConfig.AudioEncoding
+    FLAC: StreamingConfig.AudioEncoding
+    MULAW: StreamingConfig.AudioEncoding
+    OGG_OPUS: StreamingConfig.AudioEncoding
+    ALAW: StreamingConfig.AudioEncoding
     FLOAT32: StreamingConfig.AudioEncoding
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_RATE_HERTZ_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +47,10 @@ class StreamingConfig(_message.Message):
     FILL_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_BUDGET_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    AUDIO_CHANNEL_COUNT_FIELD_NUMBER: _ClassVar[int]
+    AUDIO_CHANNEL_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTING_FIELD_NUMBER: _ClassVar[int]
+    PHRASE_HINTS_FIELD_NUMBER: _ClassVar[int]
     LANGUAGE_MODEL_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     encoding: StreamingConfig.AudioEncoding
     sample_rate_hertz: int
@@ -49,14 +61,52 @@ class StreamingConfig(_message.Message):
     fill: str
     compute_budget: ComputeBudget
     model: str
+    audio_channel_count: int
+    audio_channel: int
+    endpointing: EndpointingConfig
+    phrase_hints: _containers.RepeatedCompositeFieldContainer[PhraseHints]
     language_model_weight: float
-    def __init__(self, encoding: _Optional[_Union[StreamingConfig.AudioEncoding, str]] = ..., sample_rate_hertz: _Optional[int] = ..., interim_results: bool = ..., enable_word_time_offsets: bool = ..., chunk_ms: _Optional[int] = ..., policy: _Optional[str] = ..., fill: _Optional[str] = ..., compute_budget: _Optional[_Union[ComputeBudget, _Mapping]] = ..., model: _Optional[str] = ..., language_model_weight: _Optional[float] = ...) -> None: ...
+    def __init__(self, encoding: _Optional[_Union[StreamingConfig.AudioEncoding, str]] = ..., sample_rate_hertz: _Optional[int] = ..., interim_results: bool = ..., enable_word_time_offsets: bool = ..., chunk_ms: _Optional[int] = ..., policy: _Optional[str] = ..., fill: _Optional[str] = ..., compute_budget: _Optional[_Union[ComputeBudget, _Mapping]] = ..., model: _Optional[str] = ..., audio_channel_count: _Optional[int] = ..., audio_channel: _Optional[int] = ..., endpointing: _Optional[_Union[EndpointingConfig, _Mapping]] = ..., phrase_hints: _Optional[_Iterable[_Union[PhraseHints, _Mapping]]] = ..., language_model_weight: _Optional[float] = ...) -> None: ...
+
+class EndpointingConfig(_message.Message):
+    __slots__ = ("silence_ms", "rules", "max_utterance_ms")
+    SILENCE_MS_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    MAX_UTTERANCE_MS_FIELD_NUMBER: _ClassVar[int]
+    silence_ms: int
+    rules: _containers.RepeatedCompositeFieldContainer[EndpointRule]
+    max_utterance_ms: int
+    def __init__(self, silence_ms: _Optional[int] = ..., rules: _Optional[_Iterable[_Union[EndpointRule, _Mapping]]] = ..., max_utterance_ms: _Optional[int] = ...) -> None: ...
+
+class EndpointRule(_message.Message):
+    __slots__ = ("min_silence_ms", "min_utterance_ms", "without_speech")
+    MIN_SILENCE_MS_FIELD_NUMBER: _ClassVar[int]
+    MIN_UTTERANCE_MS_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_SPEECH_FIELD_NUMBER: _ClassVar[int]
+    min_silence_ms: int
+    min_utterance_ms: int
+    without_speech: bool
+    def __init__(self, min_silence_ms: _Optional[int] = ..., min_utterance_ms: _Optional[int] = ..., without_speech: bool = ...) -> None: ...
+
+class PhraseHints(_message.Message):
+    __slots__ = ("phrases", "boost")
+    PHRASES_FIELD_NUMBER: _ClassVar[int]
+    BOOST_FIELD_NUMBER: _ClassVar[int]
+    phrases: _containers.RepeatedScalarFieldContainer[str]
+    boost: float
+    def __init__(self, phrases: _Optional[_Iterable[str]] = ..., boost: _Optional[float] = ...) -> None: ...
 
 class StreamControl(_message.Message):
-    __slots__ = ("compute_budget",)
+    __slots__ = ("compute_budget", "flush")
     COMPUTE_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FIELD_NUMBER: _ClassVar[int]
     compute_budget: ComputeBudget
-    def __init__(self, compute_budget: _Optional[_Union[ComputeBudget, _Mapping]] = ...) -> None: ...
+    flush: Flush
+    def __init__(self, compute_budget: _Optional[_Union[ComputeBudget, _Mapping]] = ..., flush: _Optional[_Union[Flush, _Mapping]] = ...) -> None: ...
+
+class Flush(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ComputeBudget(_message.Message):
     __slots__ = ("mean_depth", "encoder_macs_per_second", "real_time_factor", "max_exit_layer", "min_exit_layer", "peak_depth")

@@ -56,6 +56,9 @@ class SpeechServicer(object):
         sending side (half-close) flushes: the rest of the audio is recognised, the last final result is sent and the
         call ends with status OK.
 
+        Metadata `x-compute-budget` sets a compute budget where `streaming_config` sets none: "0.5" (mean depth),
+        "macs=2e8", "rtf=0.05", "max_exit=6", joined by commas.
+
         Status codes:
         INVALID_ARGUMENT    the configuration, the order of messages or the audio is wrong; the message says what to change
         FAILED_PRECONDITION the model asked for is not the one served here

@@ -10,13 +10,13 @@ import soundfile
 
 from asr_exit.audio import Encoding
 from asr_exit.errors import AudioError
-from service.audio_input import AudioInput
+from service.audio_input import AudioFormat, AudioInput
 from tests.conftest import babble
 from tests.service.conftest import parts, pcm16
 
 
 def decode(data: bytes, size: int, encoding: Encoding = "linear16", rate_hz: int = 16_000) -> np.ndarray:
-    audio = AudioInput(encoding, rate_hz)
+    audio = AudioInput(AudioFormat(encoding, rate_hz))
     return np.concatenate([*(audio.push(part) for part in parts(data, size)), audio.finish()])
 
 
@@ -45,7 +45,7 @@ def test_matching_float_header_is_used() -> None:
         (wav(babble(0.1), 8_000), "16-bit integer PCM, 8000 Hz, 1 channel"),
         (wav(babble(0.1), subtype="PCM_24"), "24-bit integer PCM"),
         (wav(babble(0.1), subtype="FLOAT"), "32-bit float"),
-        (wav(babble(0.1), subtype="ULAW"), "format tag 7"),
+        (wav(babble(0.1), subtype="ULAW"), "8-bit mu-law"),
         (wav(np.stack([babble(0.1)] * 2, axis=1)), "2 channels"),
     ],
 )

@@ -50,7 +50,7 @@ def floats(*values: float) -> Request:
 
 
 FLOAT_CONFIG = config_message(encoding=pb.StreamingConfig.FLOAT32)
-MISTAKES: dict[str, tuple[list[Request], str]] = {
+MISTAKES: dict[str, tuple[list[Request | bytes], str]] = {
     "nothing": ([], "ended before its configuration"),
     "empty message": ([Request()], "the first message carries nothing"),
     "audio before config": ([audio()], "first message carries audio_content"),
@@ -61,8 +61,8 @@ MISTAKES: dict[str, tuple[list[Request], str]] = {
     "empty control": ([config_message(), Request(control=pb.StreamControl())], "empty control"),
     "no audio": ([config_message()], "without any audio"),
     "empty audio": ([config_message(), audio(b"")], "without any audio"),
-    "encoding not set": ([config_message(encoding=0)], "encoding is not set: use LINEAR16 or FLOAT32"),
-    "encoding unknown": ([config_message(encoding=2)], "2, which is unknown here: use LINEAR16 or FLOAT32"),
+    "encoding not set": ([config_message(encoding=0), audio()], "encoding is not set.*no WAV, FLAC or Ogg Opus file"),
+    "encoding unknown": ([config_message(encoding=5)], "5, which is unknown here: use one of LINEAR16, FLOAT32, FLAC"),
     "rate not set": ([config_message(sample_rate_hertz=0)], "sample_rate_hertz is not set"),
     "rate too low": ([config_message(sample_rate_hertz=7_999)], "use 8000 to 48000 Hz"),
     "rate too high": ([config_message(sample_rate_hertz=96_000)], "use 8000 to 48000 Hz"),
@@ -81,8 +81,19 @@ MISTAKES: dict[str, tuple[list[Request], str]] = {
     "budget layer": ([config_message(compute_budget=budget(max_exit_layer=-2))], "max_exit_layer"),
     "budget later": ([config_message(), audio(), control(real_time_factor=-1.0)], "real_time_factor must be"),
     "budget later, impossible": ([config_message(), audio(), control(mean_depth=0.01)], "the least possible is"),
+    "endpoint silence": ([config_message(endpointing={"silence_ms": 2**31 - 1})], "min_silence_ms=.*from 0 to 3600000"),
+    "endpoint silence negative": ([config_message(endpointing={"silence_ms": -1})], "endpoint_silence_ms must be 0"),
+    "endpoint rule": ([config_message(endpointing={"rules": [{}]})], "it would always hold"),
+    "endpoint rules": ([config_message(endpointing={"rules": [{"min_silence_ms": 9}] * 9})], "at most 8"),
+    "utterance length": ([config_message(endpointing={"max_utterance_ms": 10})], "max_utterance_ms must be at least"),
+    "hint without letters": ([config_message(phrase_hints=[{"phrases": ["12"]}])], "'12' holds no letter"),
+    "hint boost": ([config_message(phrase_hints=[{"phrases": ["a"], "boost": 99}])], "from -20 to 20"),
+    "too many hints": ([config_message(phrase_hints=[{"phrases": ["a"] * 501}])], "at most 500 phrases"),
+    "channels": ([config_message(audio_channel_count=9)], "9 channels are not supported: use 1 to 8"),
+    "channel": ([config_message(audio_channel_count=2, audio_channel=3)], "use 1 to 2"),
     "odd bytes": ([config_message(), audio(DATA[:-1])], "middle of a sample"),
     "10 MB": ([config_message(), audio(bytes(10 << 20))], "10485760 bytes of audio: send at most 1048576"),
+    "not a message": ([config_message(), b"\xff\xff"], "could not be decoded"),
     "NaN": ([FLOAT_CONFIG, floats(np.nan)], "sample 1000 is NaN or infinite"),
     "infinite": ([FLOAT_CONFIG, floats(0.1, -np.inf)], "sample 1001 is NaN or infinite"),
     "integers as floats": ([FLOAT_CONFIG, floats(12_345.0)], "divide 16-bit values by 32768"),
@@ -97,9 +108,10 @@ def healthy(server: BackgroundServer) -> str:
         return text_of(list(client.stream(parts(DATA))))
 
 
-def refused(server: BackgroundServer, requests: Iterable[Request]) -> grpc.RpcError:
+def refused(server: BackgroundServer, requests: Iterable[Request | bytes]) -> grpc.RpcError:
+    wire = [request if isinstance(request, bytes) else request.SerializeToString() for request in requests]
     with grpc.insecure_channel(server.address) as channel:
-        call = speech_pb2_grpc.SpeechStub(channel).StreamingRecognize(iter(requests), timeout=10)
+        call = channel.stream_stream("/asr_exit.v1.Speech/StreamingRecognize")(iter(wire), timeout=10)
         with pytest.raises(grpc.RpcError) as caught:
             list(call)
         return caught.value

@@ -12,6 +12,7 @@ import pytest
 from asr_exit.budget import Budget
 from asr_exit.errors import AudioError, EngineError
 from asr_exit.stream import StreamOptions
+from service.audio_input import AudioFormat
 from service.config import LimitsConfig
 from service.engine_thread import EngineThread
 from service.errors import StreamError
@@ -37,8 +38,7 @@ async def running(engine: FakeEngine) -> AsyncIterator[EngineThread]:
 def request(**changes: object) -> StreamRequest:
     values: dict[str, object] = {
         "options": StreamOptions(),
-        "encoding": "linear16",
-        "rate_hz": 16_000,
+        "audio": AudioFormat("linear16", 16_000),
         "interim_results": True,
         "word_times": False,
     }
@@ -174,7 +174,7 @@ async def test_a_failing_step_ends_its_streams_and_the_loop_lives_on() -> None:
 async def test_bad_audio_ends_its_stream_only() -> None:
     engine = FakeEngine()
     async with running(engine) as thread:
-        session = await opened(thread, encoding="float32")
+        session = await opened(thread, audio=AudioFormat("float32", 16_000))
         await session.send_audio(b"\0\0\xc0\x7f" * 100)
         with pytest.raises(StreamError, match="sample 0 is NaN") as caught:
             await drain(session)
@@ -246,7 +246,7 @@ async def test_no_audio_and_oversized_messages() -> None:
         with pytest.raises(StreamError, match="at most 2048 bytes"):
             await session.send_audio(bytes(2049))
         with pytest.raises(AudioError, match="8000 to 48000"):
-            Session(request(rate_hz=4000), thread, LimitsConfig())
+            AudioFormat("linear16", 4000)
 
 
 async def send_seconds(session: Session, seconds: int) -> None:
