@@ -20,7 +20,14 @@ from asr_exit.policy import Evidence, Full
 from asr_exit.stream import StreamOptions
 from asr_exit.transcript import transcribe
 
-CRITERIA = {"posterior": "max_posterior", "entropy": "entropy"}  # criterion -> what of the evidence it looks at
+# criterion -> what of the evidence it looks at; learned ones, and those that compare texts, stay as they are
+CRITERIA = {
+    "posterior": "max_posterior",
+    "posterior-all": "max_posterior_all",
+    "entropy": "entropy",
+    "entropy-all": "entropy_all",
+    "similarity": "similarity",
+}
 DIGITS = 5
 
 
@@ -29,6 +36,7 @@ class _Observer(Full):
     """Full depth; keeps what every exit but the last says about every chunk."""
 
     needs_evidence = True
+    needs_similarity = True
     seen: list[list[Evidence]] = field(default_factory=list)
 
     def stop(self, exit_index: int, evidence: Evidence | None) -> bool:

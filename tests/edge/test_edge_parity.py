@@ -16,7 +16,7 @@ from asr_exit.edge import EdgeModel, EdgeRecognizer
 from asr_exit.edge.recalibrate import observe
 from asr_exit.engine import Engine
 from asr_exit.evidence import ExitScores
-from asr_exit.policy import Entropy, Fixed, Full, Posterior, RandomDepth
+from asr_exit.policy import Entropy, Fixed, Full, Posterior, RandomDepth, Similarity
 from asr_exit.recognizer import Recognizer
 from asr_exit.stream import ChunkResult, Fill, StreamOptions
 from asr_exit.transcript import transcribe
@@ -84,7 +84,7 @@ def test_policies_leave_where_they_leave_in_torch(
     source: Model, edge_model: EdgeModel, kind: type[Posterior | Entropy], chunk_ms: float
 ) -> None:
     samples = babble(11.3, seed=31)
-    seen = observe(source, [samples], chunk_ms)[kind.criterion()]
+    seen = observe(source, [samples], chunk_ms)[kind.label]
     policy = kind(tuple(float(np.quantile(each, 0.5)) + 1e-5 for each in seen))  # no chunk lies just there
     options = StreamOptions(policy=policy, fill=Fill.PROPAGATE, chunk_ms=chunk_ms)
     torch_path, device = (transcribe(Engine(model, slots=1), samples, options) for model in (source, edge_model))
@@ -147,7 +147,7 @@ def test_evidence_is_what_torch_computes(source: Model, edge_model: EdgeModel) -
     seen: list[list[ExitScores]] = []
     for model in (source, edge_model):
         engine, found = Engine(model, slots=1), []
-        stream = engine.open(StreamOptions(policy=Posterior(1.0)))
+        stream = engine.open(StreamOptions(policy=Similarity(1.0)))
         engine.push(stream, babble(4.0, 3))
         while engine.ready():
             engine.step()

@@ -21,6 +21,7 @@ import pytest
 import soundfile
 
 from asr_exit.checkpoint import Model
+from asr_exit.stream import StepOutput
 from service.background import BackgroundServer
 from service.bench.other_client import CLIENT
 from service.client import Caption, SpeechClient, StreamSettings
@@ -181,15 +182,16 @@ def test_budgets_reach_the_engine(model: Model) -> None:
     ) -> int:
         with BackgroundServer(model, serve_config(stream={"policy": "full"})) as server:
             macs: list[int] = []
-            step = server.server.engine.step
+            (engine,) = server.server.engines
+            step = engine.step
 
-            def counted():
-                output = step()
+            def counted(*given: object) -> StepOutput:
+                output = step(*given)
                 macs.extend(result.encoder_macs for result in output.results)
                 on_step()
                 return output
 
-            server.server.engine.step = counted  # type: ignore[method-assign]
+            engine.step = counted  # type: ignore[method-assign]
             with grpc.insecure_channel(server.address) as channel:
                 list(Riva(channel).stream(iter(requests), metadata=metadata))
             return sum(macs)
