@@ -21,7 +21,8 @@ State = Any  # (T, D) of one chunk, in the backend's own array type
 class Backend(Protocol):
     """Streaming state in slots, and the parts of the encoder that read and advance it.
 
-    Every method that takes `slots` (B,) treats one chunk of each of these streams, all of the same length.
+    Every method that takes `slots` (B,) treats one chunk of each of these streams, all of the same length. No slot may
+    stand there twice.
     """
 
     @property
@@ -49,18 +50,21 @@ class Backend(Protocol):
         read: bool,
         want_log_probs: bool,
         want_evidence: bool,
+        want_similarity: bool,
     ) -> tuple[list[State], list[ExitScores] | None]:
         """One segment: the states for the next one, and what its exit says if `read`.
 
         Args:
             chunk_frames: chunk grid of the streams; `frames` is less only for the last chunk of a stream.
             previous: per stream what the exit read before said about this chunk, or None.
+            want_similarity: a policy looks at `Evidence.similarity`; else it may be anything.
         """
 
     def propagate(
-        self, segment: int, slots: np.ndarray, states: Sequence[State], frames: int, chunk_frames: int
+        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[State]], frames: int, chunk_frames: int
     ) -> None:
-        """Fill one skipped segment from the hidden states of the exits taken."""
+        """Fill one skipped segment from the hidden states of the exits taken: per stream those of its chunks in a row,
+        T = `frames` in all."""
 
     def leave_hole(self, segment: int, slots: np.ndarray, frames: int) -> None:
         """Advance one segment's clocks and remember nothing of the frames skipped."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from asr_exit.errors import ConfigError
 
 WINDOW_SECONDS = 10.0
+SWING_SECONDS = 1.4  # of full depth: how far spending may run ahead of, or behind, a budget that is a target
+RETURN_SECONDS = 4.0  # of audio, over which a target's deviation is paid back
 
 _KEYS = {
     "mean_depth": "mean_depth",
@@ -23,7 +25,12 @@ _KEYS = {
     "real_time_factor": "real_time_factor",
     "max_exit": "max_exit_layer",
     "max_exit_layer": "max_exit_layer",
+    "min_exit": "min_exit_layer",
+    "min_exit_layer": "min_exit_layer",
+    "peak": "peak_depth",
+    "peak_depth": "peak_depth",
 }
+_LAYERS = ("max_exit_layer", "min_exit_layer")
 _RATES = ("mean_depth", "encoder_macs_per_second", "real_time_factor")
 
 
@@ -36,30 +43,41 @@ class Budget:
         encoder_macs_per_second: average encoder MACs per second of audio.
         real_time_factor: average compute seconds per second of audio on this device, in (0, 1].
         max_exit_layer: no chunk goes deeper than this layer. Rounded down to an exit.
+        min_exit_layer: guaranteed: load never keeps a chunk from this layer. Rounded down to an exit. The policy may
+            still leave before it.
+        peak_depth: no single chunk costs more than this fraction of its full depth, in (0, 1], whatever was saved.
 
     Raises:
-        ConfigError: a value is out of range, or more than one of the first three is set.
+        ConfigError: a value is out of range, more than one of the first three is set, or the least layer is beyond the
+            deepest.
     """
 
     mean_depth: float | None = None
     encoder_macs_per_second: float | None = None
     real_time_factor: float | None = None
     max_exit_layer: int | None = None
+    min_exit_layer: int | None = None
+    peak_depth: float | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in _RATES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"a budget takes one of {', '.join(_RATES)}; got {' and '.join(given)}")
-        for name in given:
+        for name in (*given, *(["peak_depth"] if self.peak_depth is not None else [])):
             value = getattr(self, name)
             top = math.inf if name == "encoder_macs_per_second" else 1.0
             real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not real or not 0 < value <= top:
                 span = "a positive number" if math.isinf(top) else "greater than 0 and at most 1"
                 raise ConfigError(f"{name} must be {span}, got {value!r}")
-        layer = self.max_exit_layer
-        if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 1):
-            raise ConfigError(f"max_exit_layer must be a layer number from 1, got {layer!r}")
+        for name in _LAYERS:
+            layer = getattr(self, name)
+            if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 1):
+                raise ConfigError(f"{name} must be a layer number from 1, got {layer!r}")
+        if self.min_exit_layer is not None and self.min_exit_layer > (self.max_exit_layer or self.min_exit_layer):
+            raise ConfigError(
+                f"min_exit_layer={self.min_exit_layer} is deeper than max_exit_layer={self.max_exit_layer}"
+            )
 
     @property
     def has_target(self) -> bool:
@@ -68,7 +86,8 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """From text: "0.5" or "mean_depth=0.5", "rtf=0.05", "macs=2e8", "max_exit=6", joined by commas.
+        """From text: "0.5" or "mean_depth=0.5", "rtf=0.05", "macs=2e8", "max_exit=6", "min_exit=4", "peak=0.8",
+        joined by commas.
 
         Raises:
             ConfigError: unknown key (the message names the nearest), a value that is no number, a key given twice.
@@ -87,9 +106,9 @@ class Budget:
             if field in fields:
                 raise ConfigError(f"budget {text!r}: {field} is given twice")
             try:
-                fields[field] = int(value) if field == "max_exit_layer" else float(value)
+                fields[field] = int(value) if field in _LAYERS else float(value)
             except ValueError:
-                kind = "a whole number" if field == "max_exit_layer" else "a number"
+                kind = "a whole number" if field in _LAYERS else "a number"
                 raise ConfigError(
                     f"budget {text!r}: {value!r} is not {kind}; examples: 0.5, rtf=0.05, macs=2e8, max_exit=6"
                 ) from None
@@ -167,26 +186,42 @@ def _round_up(value: float) -> str:
 
 
 class DepthBudget:
-    """Token bucket of one stream: keeps its average spending at or under the budget, chunk by chunk.
+    """Token bucket of one stream: keeps its average spending on, or under, the budget, chunk by chunk.
 
-    Every second of audio earns the budget's allowance. A chunk may go as deep as its own allowance plus what earlier,
-    easier chunks left over pays for. Savings are capped at `window_seconds` of allowance and at 0.3 * `window_seconds`
-    of full-depth cost, so no stretch of three windows can exceed the budget by more than a tenth of full depth (one
-    chunk of rounding aside). Nothing is lent in advance: the average is kept from the first chunk on. The first exit
-    always runs; spending that no ceiling allowed (catching up, draining) is debt that later chunks pay back.
+    Every second of audio earns the budget's allowance, and every chunk is paid from it.
+
+    **Cap** (`target` false, policies whose cost cannot be chosen): a chunk may go as deep as its own allowance plus
+    what earlier, easier chunks left over pays for. Savings are capped at `window_seconds` of allowance and at 0.3 *
+    `window_seconds` of full-depth cost. Nothing is lent in advance: the average is kept from the first chunk on.
+
+    **Target** (`target` true, policies calibrated for every mean cost): hard chunks may also borrow from later ones.
+    Savings and debt are each held within `SWING_SECONDS` of full-depth cost by a ceiling and a floor, and `setpoint`
+    asks the policy for a little more or less than the budget, so that a deviation is paid back over about
+    `RETURN_SECONDS`.
+
+    Either way no 30 s of audio deviate from the budget by more than a tenth of full depth (one chunk of rounding aside;
+    a cap may stay below). The first exit always runs; spending that no ceiling allowed (catching up, draining) is debt
+    that later chunks pay back. `max_exit_layer` and `peak_depth` are hard.
 
     Args:
         budget: what the caller grants.
         cost: the model's costs for this stream's chunk size and fill.
         exit_layers: layer of each exit, e.g. (2, 4, ..., 12).
-        window_seconds: audio over which savings may be carried.
+        window_seconds: audio over which a cap's savings may be carried.
+        target: the policy can be steered to spend the budget.
 
     Raises:
         ConfigError: not even the first exit fits the budget; the message states the least possible value.
     """
 
     def __init__(
-        self, budget: Budget, cost: CostModel, exit_layers: Sequence[int], *, window_seconds: float = WINDOW_SECONDS
+        self,
+        budget: Budget,
+        cost: CostModel,
+        exit_layers: Sequence[int],
+        *,
+        window_seconds: float = WINDOW_SECONDS,
+        target: bool = False,
     ) -> None:
         if len(exit_layers) != len(cost.macs_per_second_to_exit):
             raise ConfigError(f"got {len(cost.macs_per_second_to_exit)} costs for {len(exit_layers)} exits")
@@ -195,6 +230,7 @@ class DepthBudget:
         self._cost = cost
         self._exit_layers = tuple(exit_layers)
         self._window_seconds = window_seconds
+        self._target = target
         self._audio_seconds = 0.0
         self._spent_macs = 0.0
         self._saved_macs = 0.0
@@ -208,6 +244,20 @@ class DepthBudget:
     def max_exit(self) -> int:
         """Deepest exit index that `max_exit_layer` leaves open: a hard limit, whatever was saved."""
         return self._deepest
+
+    @property
+    def min_exit(self) -> int:
+        """Exit index that load must leave open: the guaranteed minimum."""
+        least = self._budget.min_exit_layer
+        return 0 if least is None else max(0, self._exits_up_to(least))
+
+    @property
+    def setpoint(self) -> float | None:
+        """Mean cost, as a fraction of full depth, that the policy should aim at now; None = as it likes."""
+        if self._rate is None or not self._target:
+            return None
+        full = self._cost.full_macs_per_second
+        return min(1.0, max(0.0, (self._rate + self._saved_macs / RETURN_SECONDS) / full))
 
     @property
     def spent_fraction(self) -> float:
@@ -242,13 +292,23 @@ class DepthBudget:
         """(MACs per audio second or None, deepest exit index) of `budget`."""
         deepest = len(self._exit_layers) - 1
         if budget.max_exit_layer is not None:
-            deepest = sum(layer <= budget.max_exit_layer for layer in self._exit_layers) - 1
+            deepest = self._exits_up_to(budget.max_exit_layer)
             if deepest < 0:
                 raise ConfigError(
                     f"max_exit_layer={budget.max_exit_layer} is before the first exit; "
                     f"the least possible is {self._exit_layers[0]}"
                 )
+        first = self._cost.macs_per_second_to_exit[0] / self._cost.full_macs_per_second
+        if budget.peak_depth is not None and budget.peak_depth < first * (1 - 1e-9):
+            raise ConfigError(
+                f"peak_depth={budget.peak_depth:g} is less than the first exit costs; "
+                f"the least possible is {_round_up(first)}"
+            )
         return self._cost.allowance(budget), deepest
+
+    def _exits_up_to(self, layer: int) -> int:
+        """Index of the deepest exit at or before `layer`; -1 if there is none."""
+        return sum(exit_layer <= layer for exit_layer in self._exit_layers) - 1
 
     def ceiling(self, audio_seconds: float, costs_to_exit: Sequence[float]) -> int:
         """Deepest exit index the next chunk may use; changes nothing.
@@ -262,12 +322,27 @@ class DepthBudget:
         """
         if len(costs_to_exit) != len(self._exit_layers):
             raise ConfigError(f"got {len(costs_to_exit)} costs for {len(self._exit_layers)} exits")
-        if self._rate is None:
-            return self._deepest
-        available = (self._saved_macs + self._rate * audio_seconds) * (1 + 1e-9)
+        full = self._cost.full_macs_per_second
+        available = math.inf if self._budget.peak_depth is None else self._budget.peak_depth * full * audio_seconds
+        if self._rate is not None:
+            lent = SWING_SECONDS * full if self._target else 0.0
+            available = min(available, self._saved_macs + self._rate * audio_seconds + lent)
         exit_index = self._deepest
-        while exit_index > 0 and costs_to_exit[exit_index] > available:
+        while exit_index > 0 and costs_to_exit[exit_index] > available * (1 + 1e-9):
             exit_index -= 1
+        return exit_index
+
+    def floor(self, audio_seconds: float, costs_to_exit: Sequence[float]) -> int:
+        """Least exit index of the next chunk: deeper than 0 only where a target would otherwise be missed from below.
+
+        Args: as for `ceiling`, which has the last word where both disagree.
+        """
+        if self._rate is None or not self._target:
+            return 0
+        surplus = self._saved_macs + self._rate * audio_seconds - SWING_SECONDS * self._cost.full_macs_per_second
+        exit_index = 0
+        while exit_index < self._deepest and costs_to_exit[exit_index] < surplus:
+            exit_index += 1
         return exit_index
 
     def spend(self, macs: float, audio_seconds: float, seconds: float | None = None) -> None:
@@ -280,5 +355,6 @@ class DepthBudget:
         if self._budget.real_time_factor is not None and self._cost.seconds_per_mac is not None and seconds is not None:
             macs = seconds / self._cost.seconds_per_mac
         if self._rate is not None:
-            most = self._window_seconds * min(self._rate, 0.3 * self._cost.full_macs_per_second)
+            full = self._cost.full_macs_per_second
+            most = SWING_SECONDS * full if self._target else self._window_seconds * min(self._rate, 0.3 * full)
             self._saved_macs = min(most, self._saved_macs + self._rate * audio_seconds - macs)

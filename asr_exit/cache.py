@@ -32,7 +32,7 @@ class LayerCache:
     clock: np.ndarray  # (S,) next absolute frame this layer will consume
 
     def advance(self, slots: np.ndarray, frames: int, hole: bool = False) -> np.ndarray:
-        """Move the clocks of (B,) slots over `frames` frames and claim ring cells; returns (B * T,) cell indices."""
+        """Move the clocks of (B,) different slots over `frames` frames and claim ring cells; returns (B * T,) cells."""
         window = self.positions.shape[1]
         positions = self.clock[slots][:, None] + np.arange(frames)
         cells = positions % window

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from asr_exit.budget import CostModel
 from asr_exit.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -52,19 +54,40 @@ class SegmentMacs:
         return total + (frames * self.heads_per_frame[index] if with_head or feeds_back else 0)
 
     def propagate(self, frames: int) -> int:
-        """Filling one skipped segment's caches from an exit's hidden state."""
+        """Filling one skipped segment's caches from an exit's hidden state, once a later chunk needs them."""
         halo = max(1, (self.config.conv_kernel - 1) // 2)
         return self.config.exit_every * 2 * self.config.d_model**2 * (frames + min(frames, halo))
 
-    def to_exit(self, exit_index: int, frames: int, propagate: bool = False) -> int:
-        """Everything that a chunk of T frames costs when it leaves at `exit_index`."""
+    def to_exit(self, exit_index: int, frames: int) -> int:
+        """What a chunk of T frames costs when it leaves at `exit_index`, without what filling it costs later chunks."""
         total = self.stem(frames)
         for index in range(exit_index + 1):
             total += self.segment(index, frames, with_head=index == exit_index)
-        if propagate:
-            total += (self.config.num_exits - 1 - exit_index) * self.propagate(frames)
         return total
+
+    def of_step(self, frames: int, chunk_frames: int, waiting: Sequence[int], propagate: bool) -> list[float]:
+        """Per exit what a step to it costs: the stem, the segments, and what waits at the doors on the way.
+
+        Args:
+            frames: of the new chunk, which is the last one waiting at the first door.
+            chunk_frames: of the chunks before it.
+            waiting: per segment the chunks at its door.
+            propagate: earlier chunks only get their layers filled; else they run.
+        """
+        costs, spent, arriving = [], float(self.stem(frames)), 0
+        for index, more in enumerate(waiting):
+            arriving += more
+            running = 1 if propagate else arriving
+            spent += (arriving - running) * self.propagate(chunk_frames)
+            costs.append(spent + running * self.segment(index, frames, with_head=True))
+            spent += running * self.segment(index, frames, with_head=False)
+        return costs
 
     def full(self, frames: int) -> int:
         """Full depth."""
         return self.to_exit(self.config.num_exits - 1, frames)
+
+    def cost_model(self, chunk_frames: int, seconds_per_mac: float | None = None) -> CostModel:
+        """What leaving at each exit costs per second of audio, in chunks of `chunk_frames`, without filling."""
+        costs = [float(self.to_exit(index, chunk_frames)) for index in range(self.config.num_exits)]
+        return CostModel.from_chunk(costs, chunk_frames * self.config.frame_ms / 1000, seconds_per_mac)

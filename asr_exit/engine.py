@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from asr_exit.backend import StreamingModel
-from asr_exit.budget import Budget, CostModel, DepthBudget
+from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
 from asr_exit.decoders import make_decoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
+from asr_exit.evidence import with_beam_share
 from asr_exit.features import StreamingLogMel
 from asr_exit.policy import Reason
-from asr_exit.stream import Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
+from asr_exit.stream import Blame, Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
 
 
 class Engine:
@@ -48,9 +49,12 @@ class Engine:
         options = options or StreamOptions()
         chunk_frames = self.config.chunk_frames(options.chunk_ms)
         deepest = options.policy.deepest(self.config.num_exits)
-        cost = self._cost_model(chunk_frames, options.fill)
-        budget = DepthBudget(options.budget, cost, self.config.exit_layers)
-        captions = Captions(make_decoder(options, self.model), self.model.pieces, self.config.frame_ms)
+        cost = self.macs.cost_model(chunk_frames, self.seconds_per_mac)
+        adjustable = options.policy.adjustable
+        budget = DepthBudget(options.budget, cost, self.config.exit_layers, target=adjustable)
+        pieces = self.model.pieces
+        decoder = make_decoder(options, pieces, getattr(self.model, "tokenizer", None))  # not on a device
+        captions = Captions(decoder, pieces, self.config.frame_ms)
         slot = self.backend.acquire()  # nothing below may fail, or the slot would be lost
         if slot is None:
             raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")
@@ -63,6 +67,7 @@ class Engine:
             budget=budget,
             inboxes=[deque() for _ in range(self.config.num_exits)],
             deepest=deepest,
+            policy=options.policy,
         )
         self._streams[slot] = stream
         return stream
@@ -104,7 +109,7 @@ class Engine:
 
     def set_budget(self, stream: Stream, budget: Budget) -> None:
         """Change a stream's budget from its next chunk on. Raises ConfigError when it cannot be met."""
-        stream.budget.update(budget, self._cost_model(stream.chunk_frames, stream.options.fill))
+        stream.budget.update(budget, self.macs.cost_model(stream.chunk_frames, self.seconds_per_mac))
 
     def set_load_ceiling(self, exit_index: int | None) -> None:
         """Deepest exit that load allows; None = no limit."""
@@ -124,15 +129,6 @@ class Engine:
         enough = stream.wanted_frames * self.config.subsampling
         return not stream.ended and (waits or stream.features.ready_frames >= enough)
 
-    # -- costs --------------------------------------------------------------------------------------------------------
-
-    def _cost_model(self, chunk_frames: int, fill: Fill) -> CostModel:
-        costs = [
-            float(self.macs.to_exit(index, chunk_frames, propagate=fill is Fill.PROPAGATE))
-            for index in range(self.config.num_exits)
-        ]
-        return CostModel.from_chunk(costs, chunk_frames * self.config.frame_ms / 1000, self.seconds_per_mac)
-
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def step(self) -> StepOutput:
@@ -140,7 +136,7 @@ class Engine:
         begin = time.perf_counter()
         served = [stream for stream in self._streams.values() if self._is_ready(stream)]
         for stream in served:
-            stream.step_macs, stream.current = 0, None
+            stream.step_macs, stream.idle_macs, stream.current = stream.idle_macs, 0, None
         self._take_chunks(served)
         live = [stream for stream in served if stream.current is not None and stream.failure is None]
         for segment in range(self.config.num_exits):
@@ -156,12 +152,12 @@ class Engine:
             stream.captions.add(stream.current)
         draining = []
         for stream in served:
-            with _blame([stream]):
+            with Blame([stream]):
                 draining += [stream] if stream.failure is None and self._wants_drain(stream) else []
         self._drain(draining)
         results, failures = [], []
         for stream in served:
-            with _blame([stream]):
+            with Blame([stream]):
                 if stream.failure is None:
                     stream.total_macs += stream.step_macs
                     results.append(self._result(stream))
@@ -187,7 +183,7 @@ class Engine:
             if len(features):
                 groups[-(-len(features) // factor)].append((stream, features))
         for frames, members in groups.items():
-            with _blame([stream for stream, _ in members]):
+            with Blame([stream for stream, _ in members]):
                 slots = np.array([stream.slot for stream, _ in members])
                 states = self.backend.subsample(slots, [features for _, features in members], frames)
                 for (stream, _), state in zip(members, states, strict=True):
@@ -201,35 +197,36 @@ class Engine:
     def _set_cap(self, stream: Stream) -> None:
         """Host-side ceiling for the current chunk, before anything is computed."""
         assert stream.current is not None
-        frames, deepest = stream.current.frames, self.config.num_exits - 1
-        costs, spent, arriving = [], float(self.macs.stem(frames)), 0
-        for segment in range(self.config.num_exits):
-            arriving += stream.waiting(segment)
-            with_head = self.macs.segment(segment, frames, with_head=True)
-            skipped = (deepest - segment) * self.macs.propagate(frames) if stream.options.fill is Fill.PROPAGATE else 0
-            costs.append(spent + arriving * with_head + skipped)
-            spent += arriving * self.macs.segment(segment, frames, with_head=False)
+        waiting = [stream.waiting(segment) for segment in range(self.config.num_exits)]
+        fills = stream.options.fill is Fill.PROPAGATE
+        costs = self.macs.of_step(stream.current.frames, stream.chunk_frames, waiting, fills)
         policy_cap = stream.options.policy.max_exit(self.config.num_exits, stream.current.index)
-        budget_cap = stream.budget.ceiling(self._audio_seconds(stream), costs)
-        stream.cap = min(policy_cap, budget_cap, self._load_cap)
+        seconds, setpoint = self._audio_seconds(stream), stream.budget.setpoint
+        stream.policy = stream.options.policy if setpoint is None else stream.options.policy.at(setpoint)
+        budget_cap = stream.budget.ceiling(seconds, costs)
+        stream.cap = min(policy_cap, budget_cap, max(self._load_cap, stream.budget.min_exit))
+        stream.floor = stream.budget.floor(seconds, costs)
         stream.cap_reason = (
             Reason.FULL if stream.cap == policy_cap else Reason.BUDGET if stream.cap == budget_cap else Reason.LOAD
         )
 
-    def _run_segment(self, segment: int, streams: list[Stream]) -> None:
+    def _run_segment(self, segment: int, streams: list[Stream], rounds: int | None = None) -> None:
         """Work off the inboxes of one segment, one chunk per stream and round, so that a batch has one shape."""
-        while waiting := [s for s in streams if s.inboxes[segment] and s.failure is None]:
+        self._propagate_waiting(segment, streams)
+        while rounds != 0 and (waiting := [s for s in streams if s.inboxes[segment] and s.failure is None]):
+            rounds = None if rounds is None else rounds - 1
             groups: dict[tuple[int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
             for stream in waiting:
                 chunk = stream.inboxes[segment].popleft()
                 groups[chunk.frames, stream.chunk_frames].append((stream, chunk))
             for (frames, chunk_frames), members in groups.items():
-                with _blame([stream for stream, _ in members]):
+                with Blame([stream for stream, _ in members]):
                     self._run_batch(segment, frames, chunk_frames, members)
 
     def _run_batch(self, segment: int, frames: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
         slots = np.array([stream.slot for stream, _ in members])
-        judged = any(stream.options.policy.needs_evidence for stream, _ in members)
+        judged = any(stream.policy.needs_evidence and segment < stream.cap for stream, _ in members)
+        beams = max(stream.policy.beams for stream, _ in members) if judged else 0
         read = judged or any(segment >= stream.cap for stream, _ in members)
         states, scores = self.backend.run(
             segment,
@@ -239,10 +236,13 @@ class Engine:
             chunk_frames,
             [chunk.scores for _, chunk in members],
             read=read,
-            want_log_probs=any(stream.options.decoder == "beam" for stream, _ in members),
+            want_log_probs=beams > 0 or any(stream.options.decoder == "beam" for stream, _ in members),
             want_evidence=judged,
+            want_similarity=any(stream.policy.needs_similarity for stream, _ in members),
         )
         cost = self.macs.segment(segment, frames, with_head=read)
+        if scores is not None and beams:
+            scores = [with_beam_share(item, beams) for item in scores]
         for row, (stream, chunk) in enumerate(members):
             chunk.state, chunk.exit_index = states[row], segment
             stream.step_macs += cost
@@ -265,12 +265,16 @@ class Engine:
         if segment >= stream.cap:
             stream.reason = stream.cap_reason
             return False
-        policy = stream.options.policy
+        policy = stream.policy
+        if segment < stream.floor:
+            return True
         evidence = None
         if policy.needs_evidence:
             assert stream.current.scores is not None
             evidence = stream.current.scores.evidence
-        backlog_full = stream.waiting(segment + 1) > stream.options.catch_up_cap_chunks
+        backlog_full = (
+            stream.options.fill is Fill.CATCH_UP and stream.waiting(segment + 1) > stream.options.catch_up_cap_chunks
+        )
         if policy.stop(segment, evidence) and not backlog_full:
             stream.reason = Reason.CONFIDENT
             return False
@@ -278,35 +282,74 @@ class Engine:
 
     # -- layers that a chunk skipped ----------------------------------------------------------------------------------
 
+    def _propagate_waiting(self, segment: int, streams: list[Stream]) -> None:
+        """Fill `propagate`: what waits at a door is filled in when a later chunk passes it, and not before."""
+        groups: dict[tuple[int, int], list[tuple[Stream, list[Chunk]]]] = defaultdict(list)
+        for stream in streams:
+            inbox = stream.inboxes[segment]
+            if stream.options.fill is Fill.PROPAGATE and len(inbox) > 1 and stream.failure is None:
+                chunks = [inbox.popleft() for _ in range(len(inbox) - 1)]
+                groups[sum(chunk.frames for chunk in chunks), stream.chunk_frames].append((stream, chunks))
+        for (frames, chunk_frames), members in groups.items():
+            with Blame([stream for stream, _ in members]):
+                slots = np.array([stream.slot for stream, _ in members])
+                states = [[chunk.state for chunk in chunks] for _, chunks in members]
+                self.backend.propagate(segment, slots, states, frames, chunk_frames)
+            for stream, chunks in members:
+                stream.step_macs += sum(self.macs.propagate(chunk.frames) for chunk in chunks)
+                if segment < stream.deepest:
+                    stream.inboxes[segment + 1].extend(chunks)
+
     def _fill_skipped(self, streams: list[Stream]) -> None:
         """Settle what waits at the doors of skipped segments, by each stream's fill."""
+        for stream in streams:
+            if stream.options.fill is Fill.PROPAGATE and stream.current is not None:
+                stream.current.settled = True
         for segment in range(1, self.config.num_exits):
-            groups: dict[tuple[bool, int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
-            for stream in streams:
-                limit = stream.options.catch_up_cap_chunks if stream.options.fill is Fill.CATCH_UP else 0
-                while stream.waiting(segment) > limit:
+            while dropping := [s for s in streams if s.failure is None and self._is_dropped(s, segment)]:
+                groups: dict[int, list[tuple[Stream, Chunk]]] = defaultdict(list)
+                for stream in dropping:  # one chunk each: a slot may stand only once in a batch
                     chunk = stream.inboxes[segment].popleft()
                     chunk.settled = True
-                    propagates = stream.options.fill is Fill.PROPAGATE
-                    groups[propagates, chunk.frames, stream.chunk_frames].append((stream, chunk))
-            for (propagates, frames, chunk_frames), members in groups.items():
-                with _blame([stream for stream, _ in members]):
-                    slots = np.array([stream.slot for stream, _ in members])
-                    if propagates:
-                        waiting = [chunk.state for _, chunk in members]
-                        self.backend.propagate(segment, slots, waiting, frames, chunk_frames)
-                    else:
-                        self.backend.leave_hole(segment, slots, frames)
-                for stream, chunk in members:
-                    stream.step_macs += self.macs.propagate(frames) if propagates else 0
-                    if segment < stream.deepest:
-                        stream.inboxes[segment + 1].append(chunk)
+                    groups[chunk.frames].append((stream, chunk))
+                for frames, members in groups.items():
+                    with Blame([stream for stream, _ in members]):
+                        self.backend.leave_hole(segment, np.array([stream.slot for stream, _ in members]), frames)
+                    for stream, chunk in members:
+                        if segment < stream.deepest:
+                            stream.inboxes[segment + 1].append(chunk)
+
+    def _is_dropped(self, stream: Stream, segment: int) -> bool:
+        """Whether the oldest chunk at a door leaves a hole there: with `propagate` when no later chunk can see it."""
+        inbox, fill = stream.inboxes[segment], stream.options.fill
+        if fill is Fill.PROPAGATE:
+            seen = max(1, self.config.left_context_frames // stream.chunk_frames)
+            return bool(inbox) and inbox[0].index <= stream.chunks - 1 - seen
+        return len(inbox) > (stream.options.catch_up_cap_chunks if fill is Fill.CATCH_UP else 0)
 
     def _wants_drain(self, stream: Stream) -> bool:
         """Whether a final is due whose text deeper exits would still revise, and the budget lets them."""
-        if stream.options.fill is not Fill.CATCH_UP or stream.budget.budget.has_target or not stream.captions.revisable:
+        if not self._may_catch_up(stream) or not stream.captions.revisable:
             return False
-        return self._is_over(stream) or self._endpoint(stream) or self._over_long(stream)
+        return stream.over or stream.at_endpoint or stream.over_long
+
+    @staticmethod
+    def _may_catch_up(stream: Stream) -> bool:
+        return stream.options.fill is Fill.CATCH_UP and not stream.budget.budget.has_target
+
+    def catch_up(self) -> bool:
+        """For idle moments: bring at most one waiting chunk per stream and segment deeper, as budget and load allow.
+
+        Takes no longer than a step; text and MACs come with the stream's next result. Returns whether there was work.
+        """
+        streams = [s for s in self._streams.values() if self._may_catch_up(s) and s.failure is None and not s.ended]
+        for stream in streams:
+            stream.step_macs, stream.cap = 0, min(self._target(stream), self._load_cap)
+        for segment in range(1, self.config.num_exits):
+            self._run_segment(segment, [s for s in streams if segment <= s.cap], rounds=1)
+        for stream in streams:
+            stream.idle_macs += stream.step_macs
+        return any(stream.step_macs for stream in streams)
 
     def _drain(self, streams: list[Stream]) -> None:
         """Bring everything that waits to each stream's deepest exit."""
@@ -317,23 +360,14 @@ class Engine:
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
-    def _is_over(self, stream: Stream) -> bool:
-        return stream.finished and stream.features.ready_frames == 0
-
-    def _endpoint(self, stream: Stream) -> bool:
-        return stream.flushed or stream.captions.at_endpoint(stream.options.rules)
-
-    def _over_long(self, stream: Stream) -> bool:
-        return stream.captions.has_words and stream.captions.utterance_ms() > stream.options.max_utterance_ms
-
     def _result(self, stream: Stream) -> ChunkResult:
-        captions, over = stream.captions, self._is_over(stream)
+        captions, over = stream.captions, stream.over
         final = None
-        if over or self._endpoint(stream):
+        if over or stream.at_endpoint:
             if stream.flushed:
                 stream.flushes.popleft()
             final = captions.take_final()
-        elif self._over_long(stream):
+        elif stream.over_long:
             final = captions.take_all_but_last_word()
             if final is None and captions.utterance_ms() > 2 * stream.options.max_utterance_ms:  # one endless word
                 final = captions.take_final()
@@ -361,22 +395,3 @@ class Engine:
             end_of_stream=over,
             stability=1.0 if final is not None else caption.stability,
         )
-
-
-class _blame:
-    """Context that turns an exception of a batch into the failure of that batch's streams."""
-
-    def __init__(self, streams: list[Stream]) -> None:
-        self._streams = streams
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        for stream in self._streams:
-            failure = EngineError(f"computation failed: {error}")
-            failure.__cause__ = error
-            stream.failure = failure
-        return True

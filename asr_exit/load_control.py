@@ -9,13 +9,15 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from asr_exit.errors import ConfigError
 
 HEADROOM = 0.8
 DRAIN_SECONDS = 5.0
-BUSY_CPU = 0.95
+BUSY = 0.95
+LOW_BATTERY = 0.2
+DEVICE_MARGIN = 0.05  # of full depth that must be free again before heat or battery let depth rise
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,13 @@ class LoadSignal:
         ready_streams: streams with a chunk still waiting.
         free_slots: streams that could still be opened.
         cpu_fraction: use of all cores in [0, 1], None if unknown.
+        gpu_fraction: use of the GPU in [0, 1], None if unknown or there is none.
+        thermal_pressure: how much the device must throttle, from 0 (cool) to 1 (as little work as possible); only the
+            caller knows. None = unknown.
+        battery_fraction: charge left in [0, 1]; None = on mains, or unknown.
 
-    `LoadController` looks at delay, step and CPU; the others describe the situation to other controllers and logs.
+    `LoadController` looks at all but chunk length, ready streams and free slots, which describe the situation to other
+    controllers and logs.
 
     Raises:
         ConfigError: a value is negative or not a number.
@@ -43,12 +50,23 @@ class LoadSignal:
     ready_streams: int = 0
     free_slots: int = 0
     cpu_fraction: float | None = None
+    gpu_fraction: float | None = None
+    thermal_pressure: float | None = None
+    battery_fraction: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("queue_delay_ms", "step_ms", "chunk_ms", "ready_streams", "free_slots", "cpu_fraction"):
-            value = getattr(self, name)
+        for field in fields(self):
+            value = getattr(self, field.name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"LoadSignal.{name} must be 0 or more, got {value!r}")
+                raise ConfigError(f"LoadSignal.{field.name} must be 0 or more, got {value!r}")
+
+    @property
+    def device_share(self) -> float:
+        """Share of full-depth work that heat and battery leave, in [0, 1]; half at most on a battery that runs low."""
+        share = 1.0 if self.thermal_pressure is None else max(0.0, 1.0 - self.thermal_pressure)
+        if self.battery_fraction is not None and self.battery_fraction < LOW_BATTERY:
+            share = min(share, 0.5 * self.battery_fraction / LOW_BATTERY)
+        return share
 
 
 class LoadController:
@@ -60,8 +78,12 @@ class LoadController:
 
     Raising: to the deepest exit whose predicted pressure stays within `HEADROOM`. Pressure is the larger of the worst
     latency over target and the share of time spent computing, both over the last `change_seconds`; the prediction grows
-    in proportion to `costs`. The gap between headroom and target is the hysteresis. While others saturate the CPU, one
-    exit at a time.
+    in proportion to `costs`. The gap between headroom and target is the hysteresis. While others saturate the CPU or
+    the GPU, one exit at a time.
+
+    The worst chunk of a step counts, which is stricter than a p95 over chunks. One ceiling holds for all streams:
+    nobody loses depth that others keep, save for what a request was guaranteed (`Budget.min_exit_layer`). Heat and
+    battery limit the ceiling beside the load: down at once, up with a margin.
 
     The ceiling changes at most once per `change_seconds`. Not thread-safe.
 
@@ -98,6 +120,7 @@ class LoadController:
         self._clock = clock
         self._change_seconds = change_seconds
         self._ceiling = num_exits - 1
+        self._device_limit = num_exits - 1
         self._changed_at = -math.inf
         self._over_count = 0
         self._checked_at = -math.inf
@@ -108,8 +131,8 @@ class LoadController:
 
     @property
     def ceiling(self) -> int:
-        """Deepest exit index the load allows now."""
-        return self._ceiling
+        """Deepest exit index that load, heat and battery allow now."""
+        return min(self._ceiling, self._device_limit)
 
     def update(self, signal: LoadSignal) -> None:
         """Take one measurement into account. Call after every step, and now and then while idle."""
@@ -119,12 +142,13 @@ class LoadController:
         self._worst_latency_ms = max(self._worst_latency_ms, latency_ms)
         over = latency_ms > self._target_ms
         self._over_count = self._over_count + 1 if over else 0
+        self._follow_device(now, signal.device_share)
         if self._over_count >= 2:
             self._lower(now, latency_ms)
         if now - self._window_start >= self._change_seconds:
             if not over:
                 self._checked_at = -math.inf
-                self._raise(now, signal.cpu_fraction)
+                self._raise(now, max(signal.cpu_fraction or 0.0, signal.gpu_fraction or 0.0))
             self._start_window(now)
 
     def _start_window(self, now: float) -> None:
@@ -149,7 +173,15 @@ class LoadController:
         steps = 1 if over < 2 else 2 if over < 4 else max(2, (self._ceiling + 1) // 2)
         self._set(max(0, self._ceiling - steps), now)
 
-    def _raise(self, now: float, cpu_fraction: float | None) -> None:
+    def _follow_device(self, now: float, share: float) -> None:
+        limit = max((k for k, cost in enumerate(self._costs) if cost <= share * self._costs[-1]), default=0)
+        spare = share >= 1.0 or share - self._costs[limit] / self._costs[-1] >= DEVICE_MARGIN
+        if limit != self._device_limit and (limit < self._device_limit or spare) and self._may_change(now):
+            before, self._device_limit = self.ceiling, limit
+            if self.ceiling != before:
+                self._changed_at = now
+
+    def _raise(self, now: float, busy: float) -> None:
         if not self._may_change(now):
             return
         elapsed = now - self._window_start
@@ -159,7 +191,7 @@ class LoadController:
             (k for k in range(self._ceiling, len(self._costs)) if pressure * self._costs[k] <= allowed),
             default=self._ceiling,
         )
-        if cpu_fraction is not None and cpu_fraction >= BUSY_CPU:
+        if busy >= BUSY:
             best = min(best, self._ceiling + 1)
         self._set(best, now)
 

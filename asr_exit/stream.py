@@ -14,9 +14,10 @@ from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
 from asr_exit.config import require
 from asr_exit.endpoint import EndpointRule
-from asr_exit.errors import ConfigError
+from asr_exit.errors import ConfigError, EngineError
 from asr_exit.evidence import ExitScores
 from asr_exit.features import StreamingLogMel
+from asr_exit.fusion import LanguageModel
 from asr_exit.policy import ExitPolicy, Full, Reason
 from asr_exit.words import Word
 
@@ -53,12 +54,15 @@ class StreamOptions:
     catch_up_cap_chunks: int = 64  # longer backlogs are worked off at once, or given up where the budget forbids that
     phrase_hints: tuple[PhraseHint, ...] = ()  # need the beam decoder
 
+    language_model: LanguageModel | None = None  # needs the beam decoder
+
     def __post_init__(self) -> None:
         require(self.decoder in ("greedy", "beam"), f"unknown decoder {self.decoder!r}; use greedy or beam")
         require(1 <= self.beam_size <= 64, "beam_size must be 1-64")
         require(self.endpoint_silence_ms >= 0, "endpoint_silence_ms must be 0 (off) or more")
         require(self.max_utterance_ms >= 1_000, "max_utterance_ms must be at least 1000")
         require(self.catch_up_cap_chunks >= 1, "catch_up_cap_chunks must be at least 1")
+        require(self.language_model is None or self.decoder == "beam", "a language model needs decoder='beam'")
         _ = self.rules  # raises for a silence that is out of range
         require(not self.phrase_hints or self.decoder == "beam", "phrase hints need decoder='beam'")
 
@@ -94,15 +98,18 @@ class Stream:
     budget: DepthBudget
     inboxes: list[deque[Chunk]]  # per segment, the chunks waiting at its door
     deepest: int  # exit index below which the policy never goes
+    policy: ExitPolicy  # that of the options, set to what the budget asks for now
     samples: int = 0
     chunks: int = 0
     next_frame: int = 0
     current: Chunk | None = None
     cap: int = 0  # deepest exit that the current chunk may take
+    floor: int = 0  # shallowest one: the budget is a target and would be missed from below
     cap_reason: Reason = Reason.FULL
     reason: Reason = Reason.FULL
     step_macs: int = 0
     total_macs: int = 0
+    idle_macs: int = 0  # spent between steps, reported with the next result
     finished: bool = False  # no more audio will come
     flushes: deque[int] = field(default_factory=deque)  # frames at which the utterance is to end
     ended: bool = False  # its last result is out
@@ -119,6 +126,21 @@ class Stream:
     def flushed(self) -> bool:
         """Whether a flush is due here."""
         return bool(self.flushes) and self.next_frame >= self.flushes[0]
+
+    @property
+    def over(self) -> bool:
+        """Whether all its audio has been served."""
+        return self.finished and self.features.ready_frames == 0
+
+    @property
+    def at_endpoint(self) -> bool:
+        """Whether the utterance ends here: by a flush or a rule."""
+        return self.flushed or self.captions.at_endpoint(self.options.rules)
+
+    @property
+    def over_long(self) -> bool:
+        """Whether the utterance has to be cut."""
+        return self.captions.has_words and self.captions.utterance_ms() > self.options.max_utterance_ms
 
     def waiting(self, segment: int) -> int:
         """Chunks waiting at the door of `segment`."""
@@ -152,3 +174,22 @@ class StepOutput:
     results: list[ChunkResult]
     failures: list[tuple[Stream, Exception]]
     step_ms: float
+
+
+class Blame:
+    """Context that turns an exception of a batch into the failure of that batch's streams."""
+
+    def __init__(self, streams: list[Stream]) -> None:
+        self._streams = streams
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        for stream in self._streams:
+            failure = EngineError(f"computation failed: {error}")
+            failure.__cause__ = error
+            stream.failure = failure
+        return True

@@ -58,20 +58,25 @@ class TorchBackend:
         read: bool,
         want_log_probs: bool,
         want_evidence: bool,
+        want_similarity: bool,
     ) -> tuple[list[Tensor], list[ExitScores] | None]:
         before = torch.stack(list(states))
         context, layers = self.pool.begin(segment, slots, frames, chunk_frames)
         after, logits = self.encoder.segments[segment](before, context, layers, want_logits=read)
         if not read:
             return list(after), None
-        return list(after), score(logits, before, after, previous, want_log_probs, want_evidence)
+        return list(after), score(
+            logits, before if want_similarity else None, after, previous, want_log_probs, want_evidence
+        )
 
     @torch.inference_mode()
     def propagate(
-        self, segment: int, slots: np.ndarray, states: Sequence[Tensor], frames: int, chunk_frames: int
+        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[Tensor]], frames: int, chunk_frames: int
     ) -> None:
         context, layers = self.pool.begin(segment, slots, frames, chunk_frames)
-        self.encoder.segments[segment].propagate(torch.stack(list(states)), context, layers)
+        self.encoder.segments[segment].propagate(
+            torch.stack([torch.cat(list(chunks)) for chunks in states]), context, layers
+        )
 
     @torch.inference_mode()
     def leave_hole(self, segment: int, slots: np.ndarray, frames: int) -> None:

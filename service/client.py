@@ -61,6 +61,7 @@ class StreamSettings:
     phrases: tuple[str, ...] = ()  # likely to be said
     boost: float = 0.0  # of the phrases
     endpoint_silence_ms: int | None = None  # that ends an utterance; 0: none does
+    language_model_weight: float | None = None  # 0: without
 
     def message(self) -> pb.StreamingRecognizeRequest:
         """The first message of a stream."""
@@ -76,6 +77,7 @@ class StreamSettings:
             model=self.model,
             audio_channel_count=self.channels,
             audio_channel=self.channel,
+            language_model_weight=self.language_model_weight,
         )
         if self.phrases:
             config.phrase_hints.add(phrases=self.phrases, boost=self.boost)
@@ -186,6 +188,8 @@ def budget_message(budget: Budget) -> pb.ComputeBudget:
         encoder_macs_per_second=budget.encoder_macs_per_second,
         real_time_factor=budget.real_time_factor,
         max_exit_layer=budget.max_exit_layer or 0,
+        min_exit_layer=budget.min_exit_layer or 0,
+        peak_depth=budget.peak_depth or 0.0,
     )
 
 

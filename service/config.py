@@ -75,6 +75,20 @@ class StreamDefaults:
 
 
 @dataclass(frozen=True)
+class LanguageModelConfig:
+    """An n-gram model that ranks the hypotheses of the beam decoder. A request may change its weight; 0 is without."""
+
+    path: str = ""  # a file of recipes.librispeech.lm, or .arpa or .arpa.gz; empty: no language model, greedy decoding
+    weight: float = 0.5  # of its log-probabilities against the acoustics'
+    word_bonus: float = 1.0  # added for each word, against the preference for few words
+    unknown_penalty: float = 15.0  # taken off for a word that the model does not know
+    beam_size: int = 8
+
+    def __post_init__(self) -> None:
+        require(1 <= self.beam_size <= 64, f"language_model.beam_size={self.beam_size} must be 1 to 64")
+
+
+@dataclass(frozen=True)
 class LoadConfig:
     """When to leave the encoder early because the machine is busy."""
 
@@ -95,6 +109,7 @@ class ServeConfig:
         "limits": LimitsConfig,
         "stream": StreamDefaults,
         "load": LoadConfig,
+        "language_model": LanguageModelConfig,
     }
 
     listen: ListenConfig = field(default_factory=ListenConfig)
@@ -102,6 +117,7 @@ class ServeConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     stream: StreamDefaults = field(default_factory=StreamDefaults)
     load: LoadConfig = field(default_factory=LoadConfig)
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
 
 
 def load_config(path: str | Path | None, overrides: dict[str, dict[str, object]] | None = None) -> ServeConfig:

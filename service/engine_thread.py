@@ -50,6 +50,7 @@ class EngineThread:
         self._stopping = False  # guarded by _wake
         self._feeds: dict[Stream, Feed] = {}
         self._events: list[Event] = []
+        self._may_catch_up = False  # chunks may wait for idle moments
         self._thread = threading.Thread(target=self._run, name="asr-exit-engine")
 
     def start(self) -> None:
@@ -78,7 +79,7 @@ class EngineThread:
             self._prepare()
         while True:
             with self._wake:
-                while not (self._waiting or self._stopping or self._engine.ready()):
+                while not (self._waiting or self._stopping or self._engine.ready() or self._may_catch_up):
                     self._wake.wait()
                 if self._stopping:
                     break
@@ -90,6 +91,9 @@ class EngineThread:
                 self._carry_out(feed, commands)
             if self._engine.ready():
                 self._step()
+                self._may_catch_up = True
+            else:
+                self._may_catch_up = self._catch_up()
             self._flush()
         error = StreamError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: connect again later")
         with self._wake:
@@ -158,6 +162,16 @@ class EngineThread:
                 output, 1000 * worst_late_s, ready_streams=self._engine.ready(), free_slots=self._engine.free_slots
             )
             self._engine.set_load_ceiling(ceiling)
+
+    def _catch_up(self) -> bool:
+        """Uses an idle moment; whether there was something to do."""
+        if not self._feeds:
+            return False
+        try:
+            return self._engine.catch_up()
+        except Exception:
+            log.exception("catching up failed: chunks stay as they are until their streams go deeper")
+            return False
 
     def _fail(self, feed: Feed, error: BaseException) -> None:
         if feed.closed:

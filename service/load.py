@@ -11,17 +11,25 @@ from asr_exit.load_control import LoadController, LoadSignal
 if TYPE_CHECKING:
     from asr_exit.stream import StepOutput
 
-_CPU_EVERY_S = 1.0
+_USAGE_EVERY_S = 1.0
 
 
 class LoadMonitor:
     """Turns what the engine thread sees after each step into the load ceiling for the next one."""
 
-    def __init__(self, controller: LoadController, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        controller: LoadController,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        usage: Callable[[], tuple[float | None, float | None]] | None = None,
+    ) -> None:
+        """`usage` returns the use of CPU and GPU in [0, 1], None where unknown; asked once a second."""
         self._controller = controller
         self._clock = clock
-        self._cpu_at = float("-inf")
-        self._cpu_fraction: float | None = None
+        self._ask_usage = usage or machine_usage
+        self._usage_at = float("-inf")
+        self._usage: tuple[float | None, float | None] = (None, None)
 
     def after_step(self, output: StepOutput, late_ms: float, *, ready_streams: int, free_slots: int) -> int:
         """Returns the deepest exit index allowed from now on.
@@ -30,6 +38,7 @@ class LoadMonitor:
         itself is time spent waiting for the engine.
         """
         if output.results:
+            cpu, gpu = self._use()
             self._controller.update(
                 LoadSignal(
                     queue_delay_ms=max(0.0, late_ms - output.step_ms),
@@ -37,16 +46,32 @@ class LoadMonitor:
                     chunk_ms=min(result.stream.options.chunk_ms for result in output.results),
                     ready_streams=ready_streams,
                     free_slots=free_slots,
-                    cpu_fraction=self._cpu(),
+                    cpu_fraction=cpu,
+                    gpu_fraction=gpu,
                 )
             )
         return self._controller.ceiling
 
-    def _cpu(self) -> float | None:
+    def _use(self) -> tuple[float | None, float | None]:
         now = self._clock()
-        if now - self._cpu_at >= _CPU_EVERY_S:
-            import psutil
+        if now - self._usage_at >= _USAGE_EVERY_S:
+            self._usage_at, self._usage = now, self._ask_usage()
+        return self._usage
 
-            self._cpu_at = now
-            self._cpu_fraction = psutil.cpu_percent(interval=None) / 100.0
-        return self._cpu_fraction
+
+def machine_usage() -> tuple[float | None, float | None]:
+    """Use of all cores since the last call, and of the busiest NVIDIA GPU; None where there is none or no NVML."""
+    import psutil
+
+    return psutil.cpu_percent(interval=None) / 100.0, _gpu_fraction()
+
+
+def _gpu_fraction() -> float | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()  # counted by NVML: cheap when done before
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return max((pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100.0 for handle in handles), default=None)
+    except Exception:  # no package, no driver, no device: all the same to the controller
+        return None

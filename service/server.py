@@ -18,6 +18,7 @@ from asr_exit.stream import StreamOptions
 from service import wire
 from service.device import pick_device
 from service.engine_thread import EngineThread, Event
+from service.language_model import ServedLanguageModel
 from service.load import LoadMonitor
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
@@ -52,6 +53,7 @@ class SpeechServer:
         self.engine = engine or Engine(model, slots=config.limits.streams, device=pick_device(config.model.device))
         defaults = pb.StreamingConfig(encoding=pb.StreamingConfig.LINEAR16, sample_rate_hertz=16_000)
         checked: StreamOptions = wire.parse_config(defaults, config.stream, model).options
+        self._language_model = ServedLanguageModel(config.language_model)
         log.debug("stream defaults: %s", checked)
 
     async def start(self) -> int:
@@ -65,7 +67,9 @@ class SpeechServer:
         self._engine_thread = EngineThread(self.engine, poster(loop), load=load, prepare=self._limit_threads)
         choices = [ms for ms in _CHUNK_CHOICES_MS if _fits(self._model, ms)]
         description = wire.describe(self._model, self._config.stream, choices)
-        self.servicer = SpeechServicer(self._model, self._engine_thread, self._config, description)
+        self.servicer = SpeechServicer(
+            self._model, self._engine_thread, self._config, description, self._language_model
+        )
         riva = RivaServicer(self._model, self._config.stream, self.servicer, choices)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(

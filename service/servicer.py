@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from asr_exit.checkpoint import Model
     from service.config import ServeConfig
     from service.engine_thread import EngineThread
+    from service.language_model import ServedLanguageModel
     from service.outbox import Update
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,19 @@ log = logging.getLogger(__name__)
 class SpeechServicer(speech_pb2_grpc.SpeechServicer):
     """Runs every RPC on the event loop; recognition itself happens on the engine thread."""
 
-    def __init__(self, model: Model, engine: EngineThread, config: ServeConfig, description: pb.Model) -> None:
+    def __init__(
+        self,
+        model: Model,
+        engine: EngineThread,
+        config: ServeConfig,
+        description: pb.Model,
+        language_model: ServedLanguageModel,
+    ) -> None:
         self._model = model
         self._engine = engine
         self._config = config
         self._description = description
+        self._language_model = language_model
         self._sessions: set[Session] = set()
         self._draining = False
 
@@ -119,6 +128,8 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
             budget = wire.budget_in_metadata(context.invocation_metadata())
             if budget is not None and request.options.budget == Budget():
                 request = replace(request, options=replace(request.options, budget=budget))
+            options = self._language_model.apply(request.language_model_weight, request.options)
+            request = replace(request, options=options)
             session = Session(request, self._engine, self._config.limits)
         except Exception as error:
             raise _reported(error) from error

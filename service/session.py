@@ -37,6 +37,7 @@ class StreamRequest:
     audio: AudioFormat
     interim_results: bool
     word_times: bool
+    language_model_weight: float | None = None  # None: the server's
 
 
 class Session:

@@ -11,7 +11,7 @@ from asr_exit.audio import MODEL_RATE_HZ, Encoding
 from asr_exit.biasing import DEFAULT_BOOST, PhraseHint
 from asr_exit.budget import Budget
 from asr_exit.endpoint import EndpointRule
-from asr_exit.policy import Reason, parse_policy
+from asr_exit.policy import CRITERIA, Reason, parse_policy
 from asr_exit.stream import Fill, StreamOptions
 from service.audio_input import AudioFormat, Container
 from service.errors import StreamError, invalid
@@ -36,7 +36,7 @@ ENCODINGS: dict[pb.StreamingConfig.AudioEncoding, Encoding | Container] = {
 BUDGET_KEY = "x-compute-budget"
 MAX_HINTS, MAX_HINT_CHARACTERS = 500, 200
 MAX_ENDPOINT_RULES = 8
-POLICIES = ("auto", "full", "fixed", "posterior", "entropy")
+POLICIES = ("auto", "full", "fixed", *CRITERIA)
 DECISIONS: dict[Reason, pb.ChunkReport.Decision] = {
     Reason.CONFIDENT: pb.ChunkReport.CONFIDENT,
     Reason.BUDGET: pb.ChunkReport.BUDGET,
@@ -76,6 +76,7 @@ def parse_config(config: pb.StreamingConfig, defaults: StreamDefaults, model: Mo
         audio=AudioFormat(encoding, config.sample_rate_hertz, config.audio_channel_count, config.audio_channel),
         interim_results=config.interim_results,
         word_times=config.enable_word_time_offsets,
+        language_model_weight=config.language_model_weight if config.HasField("language_model_weight") else None,
     )
 
 
@@ -102,7 +103,10 @@ def stream_options(
     options = StreamOptions(
         chunk_ms=chunk_ms or defaults.chunk_ms,
         policy=parse_policy(
-            policy or defaults.policy, exit_layers=model.config.exit_layers, calibration=model.calibration
+            policy or defaults.policy,
+            exit_layers=model.config.exit_layers,
+            calibration=model.calibration,
+            chunk_ms=chunk_ms or defaults.chunk_ms,
         ),
         budget=budget or Budget(),
         fill=Fill.parse(fill or defaults.fill),
@@ -123,8 +127,9 @@ def parse_budget(budget: pb.ComputeBudget) -> Budget:
     """Raises ConfigError for a value out of range. An empty message is no limit."""
     target = budget.WhichOneof("target")
     values = {target: getattr(budget, target)} if target else {}
-    if budget.max_exit_layer:
-        values["max_exit_layer"] = budget.max_exit_layer
+    for name in ("max_exit_layer", "min_exit_layer", "peak_depth"):
+        if value := getattr(budget, name):
+            values[name] = value
     return Budget(**values)
 
 

@@ -155,6 +155,7 @@ class EdgeBackend:
         read: bool,
         want_log_probs: bool,
         want_evidence: bool,
+        want_similarity: bool,
     ) -> tuple[list[np.ndarray], list[ExitScores] | None]:
         after, scores = [], []
         for slot, x, earlier in zip(slots.tolist(), states, previous, strict=True):
@@ -178,13 +179,13 @@ class EdgeBackend:
         return after, scores if read else None
 
     def propagate(
-        self, segment: int, slots: np.ndarray, states: Sequence[np.ndarray], frames: int, chunk_frames: int
+        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[np.ndarray]], frames: int, chunk_frames: int
     ) -> None:
         graph = self._manifest.propagate[segment]
         if graph is None:
             raise EngineError(f"segment {segment} cannot be skipped")
-        for slot, x in zip(slots.tolist(), states, strict=True):
-            memory = self._states[slot].segments[segment]
+        for slot, chunks in zip(slots.tolist(), states, strict=True):
+            memory, x = self._states[slot].segments[segment], np.concatenate(chunks)
             outputs = self._sessions.run(graph, {"x": x, "conv": memory.conv} | self._positions(memory.clock, frames))
             memory.write(frames, outputs["new_keys"], outputs["new_values"], outputs["new_conv"])
 

@@ -13,7 +13,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from asr_exit.edge.backend import EdgeModel, tail_shapes
 from asr_exit.edge.graph import PropagateGraph, SegmentGraph, StemGraph
 from asr_exit.edge.manifest import NAME, GraphFile, Manifest
 from asr_exit.edge.recalibrate import CRITERIA, observe, recalibrate
+from asr_exit.encoder import Encoder
 from asr_exit.errors import ConfigError
 
 OPSET = 20
@@ -152,10 +154,7 @@ def _manifest(
         pieces=tuple(model.pieces),
         feature_mean=tuple(model.encoder.feature_mean.tolist()),
         feature_std=tuple(model.encoder.feature_std.tolist()),
-        subsampling_per_frame=macs.subsampling_per_frame,
-        layer_per_frame=macs.layer_per_frame,
-        head_per_frame=macs.head_per_frame,
-        feedback_per_frame=macs.feedback_per_frame,
+        costs={field.name: getattr(macs, field.name) for field in fields(macs) if field.name != "config"},
         segments=tuple(segments),
         propagate=tuple(propagate),
         chunk_ms=chunk_ms,
@@ -169,15 +168,14 @@ def _write_graphs(
 ) -> tuple[list[GraphFile], list[GraphFile | None]]:
     """Trace, fill in and store every graph."""
     encoder, config, macs = model.encoder, model.config, model.macs
-    templates: dict[str, bytes] = {}
     propagate: list[GraphFile | None] = [None]
     segments: list[GraphFile] = []
 
-    def store(kind: str, module: nn.Module, name: str, macs_per_frame: int) -> GraphFile:
-        if kind not in templates:
-            templates[kind] = _trace(module, _kind(kind, config))
+    def store(kind: str, index: int, macs_per_frame: int) -> GraphFile:
+        module = _module(kind, encoder, index)
+        name = f"{'propagate' if kind == 'propagate' else 'segment'}-{index}"
         path = folder / f"{name}.onnx"
-        _fill_in(templates[kind], module, path)
+        _fill_in(_template(kind, config, _representative(kind, config, index)), module, path)
         if precision == "int8":
             quantise(path)
         if ort_format:
@@ -185,17 +183,35 @@ def _write_graphs(
         on_graph(path.name)
         return GraphFile.of(path, macs_per_frame)
 
-    for index, segment in enumerate(encoder.segments):
+    for index in range(config.num_exits):
         cost = macs.segment(index, 1, with_head=True)
         if index == 0:
-            graph = StemGraph(encoder.subsampling, segment)
-            segments.append(store("stem", graph, "segment-0", cost + macs.stem(1)))
+            segments.append(store("stem", index, cost + macs.stem(1)))
             continue
-        kind = "last" if index == config.num_exits - 1 else "middle"
-        segments.append(store(kind, SegmentGraph(segment), f"segment-{index}", cost))
-        skipping = PropagateGraph(segment)
-        propagate.append(store("propagate", skipping, f"propagate-{index}", macs.propagate(1)))
+        segments.append(store("last" if index == config.num_exits - 1 else "middle", index, cost))
+        propagate.append(store("propagate", index, macs.propagate(1)))
     return segments, propagate
+
+
+def _module(kind: str, encoder: Encoder, index: int) -> nn.Module:
+    """The graph of segment `index`."""
+    if kind == "stem":
+        return StemGraph(encoder.subsampling, encoder.segments[0])
+    return PropagateGraph(encoder.segments[index]) if kind == "propagate" else SegmentGraph(encoder.segments[index])
+
+
+def _representative(kind: str, config: ModelConfig, index: int) -> int:
+    """First segment whose graph of this kind differs from that of segment `index` in weights only."""
+    if kind == "propagate":
+        return 1
+    widths = config.head_hidden or (0,) * config.num_exits
+    return index if kind != "middle" else next(i for i in range(1, config.num_exits) if widths[i] == widths[index])
+
+
+@lru_cache(maxsize=8)
+def _template(kind: str, config: ModelConfig, index: int) -> bytes:
+    """A traced graph of one kind, its weights still to be filled in. Tracing takes seconds, so it is done once."""
+    return _trace(_module(kind, Encoder(config), index), _kind(kind, config))
 
 
 def _kind(name: str, config: ModelConfig) -> _Kind:

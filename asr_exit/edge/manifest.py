@@ -51,10 +51,7 @@ class Manifest:
     pieces: tuple[str, ...]  # the tokenizer's, by id
     feature_mean: tuple[float, ...]  # per mel bin, over the training data
     feature_std: tuple[float, ...]
-    subsampling_per_frame: int  # multiply-accumulates, as in asr_exit.cost.SegmentMacs
-    layer_per_frame: int
-    head_per_frame: int
-    feedback_per_frame: int
+    costs: Mapping[str, Any]  # the fields of asr_exit.cost.SegmentMacs
     segments: tuple[GraphFile, ...]  # the first one with the subsampling
     propagate: tuple[GraphFile | None, ...]  # what a skipped segment remembers; none for the first, which never is
     chunk_ms: float = 640  # default of the streams; every size that the configuration allows works
@@ -71,13 +68,12 @@ class Manifest:
         if {len(self.segments), len(self.propagate)} != {config.num_exits}:
             raise ConfigError(f"{len(self.segments)} segments for {config.num_exits} exits")
         config.chunk_frames(self.chunk_ms)
+        self.macs.full(1)
 
     @property
     def macs(self) -> SegmentMacs:
         """Costs, counted as the torch path counts them, so that budgets mean the same everywhere."""
-        return SegmentMacs(
-            self.config, self.subsampling_per_frame, self.layer_per_frame, self.head_per_frame, self.feedback_per_frame
-        )
+        return from_mapping(SegmentMacs, {"config": self.config, **self.costs}, "costs")
 
     @property
     def graphs(self) -> tuple[GraphFile, ...]:

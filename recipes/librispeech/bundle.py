@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ from asr_exit.checkpoint import Model, load, save_model
 from asr_exit.config import ModelConfig
 from asr_exit.encoder import Encoder
 from asr_exit.errors import AsrExitError, CheckpointError
-from asr_exit.run_folder import RunFolder
 from asr_exit.tokenizer import Tokenizer
 
+WEIGHT_FILES = ("ema.safetensors", "state.pt")
 RUN_FILES = ("config.json", "tokenizer.model", "provenance.json", "data.json")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])~?/[^\s,;:'\"]*")
 
@@ -58,24 +60,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weights(run: Path) -> dict[str, Tensor]:
-    """Moving-average weights, exported or, from a machine without safetensors, in the training state."""
-    if (run / "ema.safetensors").is_file():
-        return load_file(run / "ema.safetensors")
-    state = RunFolder(run, active=False).load_state(torch.device("cpu"))
-    assert state is not None
-    return dict(state["ema"])
+@dataclass(frozen=True)
+class Parts:
+    """What a model file is made of."""
+
+    config: ModelConfig
+    state: Mapping[str, Tensor]
+    tokenizer: Tokenizer
+    provenance: Mapping[str, Any]
 
 
-def bundle(run: Path, out: Path, calibration: Mapping[str, Any] | None = None) -> Model:
-    """Write `out` from the run folder `run` and load it back.
+def read_run(run: Path, weights: Path | None = None) -> Parts:
+    """The parts that a run folder holds: its exported weights, or those in its training state if there are none.
+
+    Args:
+        weights: another file of weights: a copy of an ema.safetensors or state.pt of the run.
 
     Raises:
         CheckpointError: `run` is no run folder, or has exported nothing yet, or its parts do not fit together.
     """
-    missing = [name for name in RUN_FILES if not (run / name).is_file()]
-    if not any((run / name).is_file() for name in ("ema.safetensors", "state.pt")):
-        missing.append("ema.safetensors")
+    weights = weights or next((run / name for name in WEIGHT_FILES if (run / name).is_file()), run / WEIGHT_FILES[0])
+    missing = [path.name for path in (weights, *(run / name for name in RUN_FILES)) if not path.is_file()]
     if missing:
         raise CheckpointError(
             f"{run} lacks {', '.join(missing)}; give the run folder of a training that has evaluated at least once"
@@ -86,13 +91,25 @@ def bundle(run: Path, out: Path, calibration: Mapping[str, Any] | None = None) -
     provenance = {"commit": sittings[-1].get("commit", "unknown"), **made}
     provenance["data_hours"] = hours_per_corpus(_read_json(run / "data.json"))
     try:
-        state = _weights(run)
+        if weights.suffix == ".pt":
+            state = torch.load(weights, map_location="cpu", weights_only=True)["ema"]
+        else:
+            state = load_file(weights)
         Encoder(config).load_state_dict(state)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"the weights in {run} do not fit the run's configuration: {error}") from error
-    tokenizer = Tokenizer((run / "tokenizer.model").read_bytes())
+    except (SafetensorError, OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{weights} does not fit the run's configuration: {error}") from error
+    return Parts(config, state, Tokenizer((run / "tokenizer.model").read_bytes()), provenance)
+
+
+def bundle(run: Path, out: Path, calibration: Mapping[str, Any] | None = None) -> Model:
+    """Write `out` from the run folder `run` and load it back.
+
+    Raises:
+        CheckpointError: `run` is no run folder, or has exported nothing yet, or its parts do not fit together.
+    """
+    parts = read_run(run)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_model(out, config, state, tokenizer, calibration, without_paths(provenance))
+    save_model(out, parts.config, parts.state, parts.tokenizer, calibration, without_paths(parts.provenance))
     return load(out)
 
 

@@ -1,7 +1,7 @@
 """Recordings and transcripts in, feature shards, tokenizer and statistics out.
 
     python -m recipes.librispeech.prepare --librispeech DIR --subsets train-clean-5 --dev dev-clean --out DATA \\
-        [--manifest corpus/manifest.tsv ...] [--text sentences.txt.xz --synthetic-hours 3] [--noise DIR]
+        [--download] [--manifest corpus/manifest.tsv ...] [--text sentences.txt.xz --synthetic-hours 3] [--noise DIR]
 
 writes DATA/{train,dev,noise}/*.npy + *.json, DATA/tokenizer.model and, last, DATA/data.json.
 """
@@ -24,6 +24,7 @@ from asr_exit.config import FeatureConfig
 from asr_exit.errors import AsrExitError, ConfigError
 from asr_exit.tokenizer import Tokenizer
 from recipes.librispeech.corpora import AUDIO_SUFFIXES, Corpus, Utterance, read_librispeech, read_manifest
+from recipes.librispeech.download import MIRROR, ensure_subset
 from recipes.librispeech.rooms import room_envelopes
 from recipes.librispeech.shards import SHARD_FRAMES, ShardJob, ShardReport, pack, write_atomically
 from recipes.librispeech.synthesize import synthesize
@@ -155,10 +156,16 @@ def prepare(
     return description
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Pack recordings into feature shards.")
     parser.add_argument("--librispeech", type=Path, help="folder that holds the subsets")
+    parser.add_argument("--download", action="store_true", help="fetch the subsets that are not in that folder")
+    parser.add_argument("--mirror", default=MIRROR, help=f"where from (default: {MIRROR})")
     parser.add_argument("--subsets", default="train-clean-5", help="comma-separated training subsets")
     parser.add_argument("--dev", default="", help="comma-separated subsets for model selection")
     parser.add_argument("--manifest", type=Path, action="append", default=[], help="manifest.tsv of another corpus")
@@ -174,8 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train = [read_manifest(path) for path in options.manifest]
         dev: list[Corpus] = []
         if options.librispeech:
+            wanted = [name for name in f"{options.subsets},{options.dev}".split(",") if name]
+            for name in dict.fromkeys(wanted) if options.download else ():
+                ensure_subset(options.librispeech, name, mirror=options.mirror, report=_say)
             train += [read_librispeech(options.librispeech / name) for name in options.subsets.split(",") if name]
             dev += [read_librispeech(options.librispeech / name) for name in options.dev.split(",") if name]
+        elif options.download:
+            raise ConfigError("--download needs --librispeech, the folder to download to")
         if options.synthetic_hours > 0:
             if options.text is None:
                 raise ConfigError("--synthetic-hours needs --text")
@@ -200,6 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except AsrExitError as error:
         sys.exit(f"prepare: {error}")
+    except OSError as error:
+        sys.exit(
+            f"prepare: cannot write below {options.out}: {error.strerror or error}; nothing unfinished will be read: "
+            "make room and run again"
+        )
     print(json.dumps({split: description[split] for split in ("train", "dev", "noise")}, indent=1))
 
 

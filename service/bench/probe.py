@@ -50,6 +50,7 @@ class Probe:
         read: bool,
         want_log_probs: bool,
         want_evidence: bool,
+        want_similarity: bool,
     ) -> tuple[list[State], list[ExitScores] | None]:
         after, scores = self._timed(
             self._inner.run,
@@ -62,6 +63,7 @@ class Probe:
             read=read or self._keep,
             want_log_probs=want_log_probs or self._keep,
             want_evidence=want_evidence,
+            want_similarity=want_similarity,
         )
         if self._keep:
             kept = [one.frames.log_probs for one in scores]
@@ -69,7 +71,7 @@ class Probe:
         return after, scores if read else None
 
     def propagate(
-        self, segment: int, slots: np.ndarray, states: Sequence[State], frames: int, chunk_frames: int
+        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[State]], frames: int, chunk_frames: int
     ) -> None:
         self._timed(self._inner.propagate, segment, slots, states, frames, chunk_frames)
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from asr_exit.backend import StreamingModel
 
-HELP = "measure speed per exit, parity, depth switches, memory over hours, an exported model, endpoints, Riva's client"
+HELP = "measure speed, parity, depth switches, memory, exit criteria, fills, decisions, endpoints, or other clients"
 DEVIATION_BAR = 0.15
 DEVIATION_BATCH = 16  # the bar holds from this batch size on
 
@@ -20,6 +20,7 @@ DEVIATION_BATCH = 16  # the bar holds from this batch size on
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand for each measurement."""
     from service.cli import bench_clients
+    from service.cli.bench_depth import add_depth_arguments
     from service.cli.bench_edge import add_edge, run_edge
     from service.cli.options import add_model_options
     from service.cli.recordings import add_recordings_options
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--json", action="store_true", help="one JSON object instead of the table")
         add_model_options(kind)
         kind.set_defaults(run_kind=run_kind)
+    add_depth_arguments(kinds)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ _CALIBRATED = ("posterior", "entropy")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One set of recordings and how to run them."""
-    from service.cli.options import add_model_options
+    from service.cli.options import add_decoder_options, add_model_options
     from service.cli.recordings import add_recordings_options
 
     add_recordings_options(parser)
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="what skipped layers get (default: propagate; catch_up brings every final text to full depth)",
     )
+    add_decoder_options(parser)
     parser.add_argument("--streams", type=int, default=16, metavar="N", help="recordings at a time (default: 16)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     add_model_options(parser)
@@ -80,6 +81,7 @@ def _policies(arguments: argparse.Namespace, model: Model) -> dict[str, StreamOp
     """Engine options by the policy's name. Raises ConfigError for a policy that is unknown or not calibrated."""
     from asr_exit.policy import parse_policy
     from asr_exit.stream import Fill, StreamOptions
+    from service.cli.options import decoder_options
 
     layers = model.config.exit_layers
     if arguments.policies:
@@ -87,12 +89,13 @@ def _policies(arguments: argparse.Namespace, model: Model) -> dict[str, StreamOp
     else:
         calibrated = [name for name in _CALIBRATED if "thresholds" in model.calibration.get(name, {})]
         names = [*(f"exit:{layer}" for layer in layers), "full", *calibrated]
-    fill = Fill.parse(arguments.fill)
+    fill, decoding = Fill.parse(arguments.fill), decoder_options(arguments)
     return {
         name: StreamOptions(
             chunk_ms=arguments.chunk_ms,
-            policy=parse_policy(name, exit_layers=layers, calibration=model.calibration),
+            policy=parse_policy(name, exit_layers=layers, calibration=model.calibration, chunk_ms=arguments.chunk_ms),
             fill=fill,
+            **decoding,
         )
         for name in names
     }

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-COMMANDS = ("demo", "serve", "stream", "transcribe", "evaluate", "export", "bench")
+COMMANDS = ("demo", "serve", "stream", "transcribe", "evaluate", "calibrate", "export", "bench")
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 

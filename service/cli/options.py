@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
+    from typing import Literal
+
     from asr_exit.backend import StreamingModel
     from asr_exit.checkpoint import Model
     from asr_exit.edge import EdgeRecognizer
+    from asr_exit.fusion import LanguageModel
     from asr_exit.stream import StreamOptions
+
+    class DecoderOptions(TypedDict):
+        """How posteriors become text."""
+
+        decoder: Literal["greedy", "beam"]
+        beam_size: int
+        language_model: LanguageModel | None
 
 
 def add_recognition_options(parser: argparse.ArgumentParser, *, chunk_ms: int | None) -> None:
@@ -37,6 +47,43 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FILE", help="model file (default: the bundled one)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+
+
+def add_decoder_options(parser: argparse.ArgumentParser) -> None:
+    """--decoder, --beam-size, --lm, --lm-weight, --lm-word-bonus, --lm-unknown-penalty."""
+    parser.add_argument(
+        "--decoder", choices=("greedy", "beam"), help="of the exits' posteriors (default: greedy; beam with --lm)"
+    )
+    parser.add_argument("--beam-size", type=int, metavar="N", help="hypotheses of the beam (default: 8)")
+    parser.add_argument(
+        "--lm", metavar="FILE", help="n-gram language model: of recipes.librispeech.lm, or .arpa or .arpa.gz"
+    )
+    for name, meaning in (
+        ("weight", "of its log-probabilities against the acoustics'"),
+        ("word-bonus", "added for each word"),
+        ("unknown-penalty", "taken off for a word it does not know"),
+    ):
+        parser.add_argument(f"--lm-{name}", type=float, metavar="X", help=meaning)
+
+
+def decoder_options(arguments: argparse.Namespace) -> DecoderOptions:
+    """Fields of StreamOptions from what `add_decoder_options` added. Raises ConfigError or CheckpointError."""
+    from asr_exit.config import require
+    from asr_exit.fusion import LanguageModel
+    from asr_exit.ngram import load_ngram_model
+    from asr_exit.stream import StreamOptions
+
+    given = {
+        name: getattr(arguments, f"lm_{name}")
+        for name in ("weight", "word_bonus", "unknown_penalty")
+        if getattr(arguments, f"lm_{name}") is not None
+    }
+    require(bool(arguments.lm) or not given, "--lm-weight, --lm-word-bonus and --lm-unknown-penalty need --lm")
+    require(not arguments.lm or arguments.decoder != "greedy", "--lm needs the beam: leave out --decoder greedy")
+    language_model = LanguageModel(load_ngram_model(arguments.lm), **given) if arguments.lm else None
+    decoder: Literal["greedy", "beam"] = arguments.decoder or ("beam" if language_model else "greedy")
+    beam_size = StreamOptions.beam_size if arguments.beam_size is None else arguments.beam_size
+    return {"decoder": decoder, "beam_size": beam_size, "language_model": language_model}
 
 
 def add_runtime_options(parser: argparse.ArgumentParser, default: str) -> None:
@@ -81,7 +128,10 @@ def load_model(arguments: argparse.Namespace) -> tuple[Model, str]:
 def stream_options(
     arguments: argparse.Namespace, model: StreamingModel, chunk_ms: float | None = None
 ) -> StreamOptions:
-    """The engine's options from --chunk-ms (default: `chunk_ms`), --policy, --budget and --fill. Raises ConfigError."""
+    """The engine's options from --chunk-ms (default: `chunk_ms`), --policy, --budget, --fill and the decoder's options.
+
+    Raises ConfigError or CheckpointError.
+    """
     from asr_exit.budget import Budget
     from asr_exit.policy import parse_policy
     from asr_exit.stream import Fill, StreamOptions
@@ -89,8 +139,12 @@ def stream_options(
     return StreamOptions(
         chunk_ms=arguments.chunk_ms or chunk_ms or StreamOptions.chunk_ms,
         policy=parse_policy(
-            arguments.policy or "full", exit_layers=model.config.exit_layers, calibration=model.calibration
+            arguments.policy or "full",
+            exit_layers=model.config.exit_layers,
+            calibration=model.calibration,
+            chunk_ms=arguments.chunk_ms or StreamOptions.chunk_ms,
         ),
         budget=Budget.parse(arguments.budget) if arguments.budget else Budget(),
         fill=Fill.parse(arguments.fill or "propagate"),
+        **decoder_options(arguments),
     )

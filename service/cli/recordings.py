@@ -6,7 +6,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from service.corpus import Utterance
+
+AUDIO_SUFFIXES = (".flac", ".opus", ".wav", ".ogg", ".mp3")
 
 
 def add_recordings_options(parser: argparse._ActionsContainer, *, required: bool = True) -> None:
@@ -33,3 +37,24 @@ def list_recordings(arguments: argparse.Namespace) -> list[Utterance]:
         require(bool(arguments.subset), "--librispeech needs --subset, e.g. --subset dev-clean")
         utterances = read_librispeech(arguments.librispeech, arguments.subset)
     return utterances[: arguments.limit]
+
+
+def spread_recordings(arguments: argparse.Namespace) -> list[Utterance]:
+    """As `list_recordings`, but --limit takes recordings from all over the set: sets are sorted by speaker."""
+    limit, arguments.limit = arguments.limit, None
+    utterances = list_recordings(arguments)
+    arguments.limit = limit
+    if limit is None or limit >= len(utterances):
+        return utterances
+    return [utterances[index * len(utterances) // limit] for index in range(limit)]
+
+
+def audio_files(folder: str) -> list[Path]:
+    """Every recording below `folder`, in order. Raises ConfigError when there is none."""
+    from pathlib import Path
+
+    from asr_exit.config import require
+
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    require(bool(found), f"no recordings below {folder} ({', '.join(AUDIO_SUFFIXES)})")
+    return found

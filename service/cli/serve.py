@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="port to listen on, 0 for a free one (default: 50051)")
     parser.add_argument("--insecure", action="store_true", default=None, help="allow a host beyond this machine")
     parser.add_argument("--model", metavar="FILE", help="model file (default: the bundled one)")
+    parser.add_argument("--lm", metavar="FILE", help="language model for all streams (default: none)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of the engine (default: 1)")
     parser.add_argument("--streams", type=int, metavar="N", help="most streams at once (default: 64)")
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         "listen": {"host": arguments.host, "port": arguments.port, "insecure": arguments.insecure},
         "model": {"path": arguments.model, "device": arguments.device, "threads": arguments.threads},
         "limits": {"streams": arguments.streams},
+        "language_model": {"path": arguments.lm},
     }
     overrides = {
         table: {key: value for key, value in pairs.items() if value is not None} for table, pairs in given.items()

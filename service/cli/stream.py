@@ -19,7 +19,7 @@ HELP = "stream a file, standard input or the microphone to a server, or to a mod
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One source of audio, where to send it, and what to ask for."""
-    from service.cli.options import add_recognition_options, add_runtime_options
+    from service.cli.options import add_decoder_options, add_recognition_options, add_runtime_options
 
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", default="127.0.0.1:50051", metavar="HOST:PORT", help="default: 127.0.0.1:50051")
     add_runtime_options(parser, "server")
     add_recognition_options(parser, chunk_ms=None)
+    add_decoder_options(parser)
     parser.add_argument("--realtime", action="store_true", help="send a file no faster than it would be spoken")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: captions, then a summary")
 
@@ -75,8 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _on_server(arguments: argparse.Namespace) -> Iterator[tuple[Listen, Sequence[int], int]]:
     """What listens, the layers of its exits, and full-depth MACs per second of audio."""
     from asr_exit.budget import Budget
+    from asr_exit.config import require
     from service.client import SpeechClient, StreamSettings
 
+    own = ("decoder", "beam_size", "lm", "lm_word_bonus", "lm_unknown_penalty")
+    require(
+        all(getattr(arguments, name) is None for name in own),
+        "the server has its own decoder and language model: of the options for them only --lm-weight can be used",
+    )
     budget = Budget.parse(arguments.budget) if arguments.budget else Budget()
 
     def listen(parts: Iterable[bytes], rate_hz: int) -> Iterator[Caption]:
@@ -87,6 +94,7 @@ def _on_server(arguments: argparse.Namespace) -> Iterator[tuple[Listen, Sequence
             policy=arguments.policy,
             fill=arguments.fill,
             budget=budget,
+            language_model_weight=arguments.lm_weight,
         )
         return client.stream(parts, settings)
 

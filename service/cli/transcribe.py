@@ -16,10 +16,16 @@ HELP = "transcribe audio files in this process"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Files and how to read them."""
-    from service.cli.options import add_model_options, add_recognition_options, add_runtime_options
+    from service.cli.options import (
+        add_decoder_options,
+        add_model_options,
+        add_recognition_options,
+        add_runtime_options,
+    )
 
     parser.add_argument("audio", nargs="+", metavar="AUDIO", help="audio file")
     add_recognition_options(parser, chunk_ms=640)
+    add_decoder_options(parser)
     parser.add_argument(
         "--offline",
         action="store_true",

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61sr_exit/v1/speech.proto\x12\x0b\x61sr_exit.v1\x1a\x1egoogle/protobuf/duration.proto\"\xb2\x01\n\x19StreamingRecognizeRequest\x12\x38\n\x10streaming_config\x18\x01 \x01(\x0b\x32\x1c.asr_exit.v1.StreamingConfigH\x00\x12\x17\n\raudio_content\x18\x02 \x01(\x0cH\x00\x12-\n\x07\x63ontrol\x18\x03 \x01(\x0b\x32\x1a.asr_exit.v1.StreamControlH\x00\x42\x13\n\x11streaming_request\"\xa4\x04\n\x0fStreamingConfig\x12<\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32*.asr_exit.v1.StreamingConfig.AudioEncoding\x12\x19\n\x11sample_rate_hertz\x18\x02 \x01(\x05\x12\x17\n\x0finterim_results\x18\x03 \x01(\x08\x12 \n\x18\x65nable_word_time_offsets\x18\x04 \x01(\x08\x12\x10\n\x08\x63hunk_ms\x18\x05 \x01(\x05\x12\x0e\n\x06policy\x18\x06 \x01(\t\x12\x0c\n\x04\x66ill\x18\x07 \x01(\t\x12\x32\n\x0e\x63ompute_budget\x18\x08 \x01(\x0b\x32\x1a.asr_exit.v1.ComputeBudget\x12\r\n\x05model\x18\t \x01(\t\x12\x1b\n\x13\x61udio_channel_count\x18\n \x01(\x05\x12\x15\n\raudio_channel\x18\x0b \x01(\x05\x12\x33\n\x0b\x65ndpointing\x18\x0c \x01(\x0b\x32\x1e.asr_exit.v1.EndpointingConfig\x12.\n\x0cphrase_hints\x18\r \x03(\x0b\x32\x18.asr_exit.v1.PhraseHints\"q\n\rAudioEncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x0c\n\x08LINEAR16\x10\x01\x12\x08\n\x04\x46LAC\x10\x02\x12\t\n\x05MULAW\x10\x03\x12\x0c\n\x08OGG_OPUS\x10\x06\x12\x08\n\x04\x41LAW\x10\x14\x12\x0b\n\x07\x46LOAT32\x10 \"\x7f\n\x11\x45ndpointingConfig\x12\x17\n\nsilence_ms\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12(\n\x05rules\x18\x02 \x03(\x0b\x32\x19.asr_exit.v1.EndpointRule\x12\x18\n\x10max_utterance_ms\x18\x03 \x01(\x05\x42\r\n\x0b_silence_ms\"X\n\x0c\x45ndpointRule\x12\x16\n\x0emin_silence_ms\x18\x01 \x01(\x05\x12\x18\n\x10min_utterance_ms\x18\x02 \x01(\x05\x12\x16\n\x0ewithout_speech\x18\x03 \x01(\x08\"-\n\x0bPhraseHints\x12\x0f\n\x07phrases\x18\x01 \x03(\t\x12\r\n\x05\x62oost\x18\x02 \x01(\x02\"u\n\rStreamControl\x12\x34\n\x0e\x63ompute_budget\x18\x01 \x01(\x0b\x32\x1a.asr_exit.v1.ComputeBudgetH\x00\x12#\n\x05\x66lush\x18\x02 \x01(\x0b\x32\x12.asr_exit.v1.FlushH\x00\x42\t\n\x07\x63ommand\"\x07\n\x05\x46lush\"\x86\x01\n\rComputeBudget\x12\x14\n\nmean_depth\x18\x01 \x01(\x01H\x00\x12!\n\x17\x65ncoder_macs_per_second\x18\x02 \x01(\x01H\x00\x12\x1a\n\x10real_time_factor\x18\x03 \x01(\x01H\x00\x12\x16\n\x0emax_exit_layer\x18\x04 \x01(\x05\x42\x08\n\x06target\"V\n\x1aStreamingRecognizeResponse\x12\x38\n\x07results\x18\x01 \x03(\x0b\x32\'.asr_exit.v1.StreamingRecognitionResult\"\x91\x03\n\x1aStreamingRecognitionResult\x12?\n\x0c\x61lternatives\x18\x01 \x03(\x0b\x32).asr_exit.v1.SpeechRecognitionAlternative\x12\x10\n\x08is_final\x18\x02 \x01(\x08\x12\x11\n\tstability\x18\x03 \x01(\x02\x12\x34\n\x11result_end_offset\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nexit_layer\x18\x05 \x01(\x05\x12\x33\n\x08\x64\x65\x63ision\x18\x06 \x01(\x0e\x32!.asr_exit.v1.ChunkReport.Decision\x12\x14\n\x0c\x65ncoder_macs\x18\x07 \x01(\x03\x12\x30\n\rchunk_latency\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x06\x63hunks\x18\t \x03(\x0b\x32\x18.asr_exit.v1.ChunkReport\x12\x1c\n\x14\x63ommitted_characters\x18\n \x01(\x05\"\xe7\x02\n\x0b\x43hunkReport\x12\r\n\x05index\x18\x01 \x01(\x03\x12/\n\x0cstart_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nend_offset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nexit_layer\x18\x04 \x01(\x05\x12\x33\n\x08\x64\x65\x63ision\x18\x05 \x01(\x0e\x32!.asr_exit.v1.ChunkReport.Decision\x12\x14\n\x0c\x65ncoder_macs\x18\x06 \x01(\x03\x12*\n\x07latency\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"^\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\r\n\tCONFIDENT\x10\x01\x12\n\n\x06\x42UDGET\x10\x02\x12\x08\n\x04LOAD\x10\x03\x12\x08\n\x04\x46ULL\x10\x04\x12\t\n\x05\x46INAL\x10\x05\"l\n\x1cSpeechRecognitionAlternative\x12\x12\n\ntranscript\x18\x01 \x01(\t\x12\x12\n\nconfidence\x18\x02 \x01(\x02\x12$\n\x05words\x18\x03 \x03(\x0b\x32\x15.asr_exit.v1.WordInfo\"\x8c\x01\n\x08WordInfo\x12/\n\x0cstart_offset\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nend_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04word\x18\x03 \x01(\t\x12\x12\n\nconfidence\x18\x04 \x01(\x02\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x8b\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11sample_rate_hertz\x18\x02 \x01(\x05\x12\x12\n\nparameters\x18\x03 \x01(\x03\x12 \n\x05\x65xits\x18\x04 \x03(\x0b\x32\x11.asr_exit.v1.Exit\x12\x10\n\x08\x63hunk_ms\x18\x05 \x03(\x05\x12\x18\n\x10\x64\x65\x66\x61ult_chunk_ms\x18\x06 \x01(\x05\x12\x10\n\x08policies\x18\x07 \x03(\t\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\x08 \x01(\t\x12\r\n\x05\x66ills\x18\t \x03(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_fill\x18\n \x01(\t\x12=\n\tencodings\x18\x0b \x03(\x0e\x32*.asr_exit.v1.StreamingConfig.AudioEncoding\x12\x36\n\nprovenance\x18\x0c \x03(\x0b\x32\".asr_exit.v1.Model.ProvenanceEntry\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"6\n\x04\x45xit\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x1f\n\x17\x65ncoder_macs_per_second\x18\x02 \x01(\x03\x32\xb1\x01\n\x06Speech\x12i\n\x12StreamingRecognize\x12&.asr_exit.v1.StreamingRecognizeRequest\x1a\'.asr_exit.v1.StreamingRecognizeResponse(\x01\x30\x01\x12<\n\x08GetModel\x12\x1c.asr_exit.v1.GetModelRequest\x1a\x12.asr_exit.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61sr_exit/v1/speech.proto\x12\x0b\x61sr_exit.v1\x1a\x1egoogle/protobuf/duration.proto\"\xb2\x01\n\x19StreamingRecognizeRequest\x12\x38\n\x10streaming_config\x18\x01 \x01(\x0b\x32\x1c.asr_exit.v1.StreamingConfigH\x00\x12\x17\n\raudio_content\x18\x02 \x01(\x0cH\x00\x12-\n\x07\x63ontrol\x18\x03 \x01(\x0b\x32\x1a.asr_exit.v1.StreamControlH\x00\x42\x13\n\x11streaming_request\"\xe2\x04\n\x0fStreamingConfig\x12<\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32*.asr_exit.v1.StreamingConfig.AudioEncoding\x12\x19\n\x11sample_rate_hertz\x18\x02 \x01(\x05\x12\x17\n\x0finterim_results\x18\x03 \x01(\x08\x12 \n\x18\x65nable_word_time_offsets\x18\x04 \x01(\x08\x12\x10\n\x08\x63hunk_ms\x18\x05 \x01(\x05\x12\x0e\n\x06policy\x18\x06 \x01(\t\x12\x0c\n\x04\x66ill\x18\x07 \x01(\t\x12\x32\n\x0e\x63ompute_budget\x18\x08 \x01(\x0b\x32\x1a.asr_exit.v1.ComputeBudget\x12\r\n\x05model\x18\t \x01(\t\x12\x1b\n\x13\x61udio_channel_count\x18\n \x01(\x05\x12\x15\n\raudio_channel\x18\x0b \x01(\x05\x12\x33\n\x0b\x65ndpointing\x18\x0c \x01(\x0b\x32\x1e.asr_exit.v1.EndpointingConfig\x12.\n\x0cphrase_hints\x18\r \x03(\x0b\x32\x18.asr_exit.v1.PhraseHints\x12\"\n\x15language_model_weight\x18\x1e \x01(\x01H\x00\x88\x01\x01\"q\n\rAudioEncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x0c\n\x08LINEAR16\x10\x01\x12\x08\n\x04\x46LAC\x10\x02\x12\t\n\x05MULAW\x10\x03\x12\x0c\n\x08OGG_OPUS\x10\x06\x12\x08\n\x04\x41LAW\x10\x14\x12\x0b\n\x07\x46LOAT32\x10 B\x18\n\x16_language_model_weight\"\x7f\n\x11\x45ndpointingConfig\x12\x17\n\nsilence_ms\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12(\n\x05rules\x18\x02 \x03(\x0b\x32\x19.asr_exit.v1.EndpointRule\x12\x18\n\x10max_utterance_ms\x18\x03 \x01(\x05\x42\r\n\x0b_silence_ms\"X\n\x0c\x45ndpointRule\x12\x16\n\x0emin_silence_ms\x18\x01 \x01(\x05\x12\x18\n\x10min_utterance_ms\x18\x02 \x01(\x05\x12\x16\n\x0ewithout_speech\x18\x03 \x01(\x08\"-\n\x0bPhraseHints\x12\x0f\n\x07phrases\x18\x01 \x03(\t\x12\r\n\x05\x62oost\x18\x02 \x01(\x02\"u\n\rStreamControl\x12\x34\n\x0e\x63ompute_budget\x18\x01 \x01(\x0b\x32\x1a.asr_exit.v1.ComputeBudgetH\x00\x12#\n\x05\x66lush\x18\x02 \x01(\x0b\x32\x12.asr_exit.v1.FlushH\x00\x42\t\n\x07\x63ommand\"\x07\n\x05\x46lush\"\xb2\x01\n\rComputeBudget\x12\x14\n\nmean_depth\x18\x01 \x01(\x01H\x00\x12!\n\x17\x65ncoder_macs_per_second\x18\x02 \x01(\x01H\x00\x12\x1a\n\x10real_time_factor\x18\x03 \x01(\x01H\x00\x12\x16\n\x0emax_exit_layer\x18\x04 \x01(\x05\x12\x16\n\x0emin_exit_layer\x18\x05 \x01(\x05\x12\x12\n\npeak_depth\x18\x06 \x01(\x01\x42\x08\n\x06target\"V\n\x1aStreamingRecognizeResponse\x12\x38\n\x07results\x18\x01 \x03(\x0b\x32\'.asr_exit.v1.StreamingRecognitionResult\"\x91\x03\n\x1aStreamingRecognitionResult\x12?\n\x0c\x61lternatives\x18\x01 \x03(\x0b\x32).asr_exit.v1.SpeechRecognitionAlternative\x12\x10\n\x08is_final\x18\x02 \x01(\x08\x12\x11\n\tstability\x18\x03 \x01(\x02\x12\x34\n\x11result_end_offset\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nexit_layer\x18\x05 \x01(\x05\x12\x33\n\x08\x64\x65\x63ision\x18\x06 \x01(\x0e\x32!.asr_exit.v1.ChunkReport.Decision\x12\x14\n\x0c\x65ncoder_macs\x18\x07 \x01(\x03\x12\x30\n\rchunk_latency\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x06\x63hunks\x18\t \x03(\x0b\x32\x18.asr_exit.v1.ChunkReport\x12\x1c\n\x14\x63ommitted_characters\x18\n \x01(\x05\"\xe7\x02\n\x0b\x43hunkReport\x12\r\n\x05index\x18\x01 \x01(\x03\x12/\n\x0cstart_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nend_offset\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nexit_layer\x18\x04 \x01(\x05\x12\x33\n\x08\x64\x65\x63ision\x18\x05 \x01(\x0e\x32!.asr_exit.v1.ChunkReport.Decision\x12\x14\n\x0c\x65ncoder_macs\x18\x06 \x01(\x03\x12*\n\x07latency\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"^\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\r\n\tCONFIDENT\x10\x01\x12\n\n\x06\x42UDGET\x10\x02\x12\x08\n\x04LOAD\x10\x03\x12\x08\n\x04\x46ULL\x10\x04\x12\t\n\x05\x46INAL\x10\x05\"l\n\x1cSpeechRecognitionAlternative\x12\x12\n\ntranscript\x18\x01 \x01(\t\x12\x12\n\nconfidence\x18\x02 \x01(\x02\x12$\n\x05words\x18\x03 \x03(\x0b\x32\x15.asr_exit.v1.WordInfo\"\x8c\x01\n\x08WordInfo\x12/\n\x0cstart_offset\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nend_offset\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04word\x18\x03 \x01(\t\x12\x12\n\nconfidence\x18\x04 \x01(\x02\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x8b\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11sample_rate_hertz\x18\x02 \x01(\x05\x12\x12\n\nparameters\x18\x03 \x01(\x03\x12 \n\x05\x65xits\x18\x04 \x03(\x0b\x32\x11.asr_exit.v1.Exit\x12\x10\n\x08\x63hunk_ms\x18\x05 \x03(\x05\x12\x18\n\x10\x64\x65\x66\x61ult_chunk_ms\x18\x06 \x01(\x05\x12\x10\n\x08policies\x18\x07 \x03(\t\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\x08 \x01(\t\x12\r\n\x05\x66ills\x18\t \x03(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_fill\x18\n \x01(\t\x12=\n\tencodings\x18\x0b \x03(\x0e\x32*.asr_exit.v1.StreamingConfig.AudioEncoding\x12\x36\n\nprovenance\x18\x0c \x03(\x0b\x32\".asr_exit.v1.Model.ProvenanceEntry\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"6\n\x04\x45xit\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x1f\n\x17\x65ncoder_macs_per_second\x18\x02 \x01(\x03\x32\xb1\x01\n\x06Speech\x12i\n\x12StreamingRecognize\x12&.asr_exit.v1.StreamingRecognizeRequest\x1a\'.asr_exit.v1.StreamingRecognizeResponse(\x01\x30\x01\x12<\n\x08GetModel\x12\x1c.asr_exit.v1.GetModelRequest\x1a\x12.asr_exit.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,41 +37,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMINGRECOGNIZEREQUEST']._serialized_start=74
   _globals['_STREAMINGRECOGNIZEREQUEST']._serialized_end=252
   _globals['_STREAMINGCONFIG']._serialized_start=255
-  _globals['_STREAMINGCONFIG']._serialized_end=803
-  _globals['_STREAMINGCONFIG_AUDIOENCODING']._serialized_start=690
-  _globals['_STREAMINGCONFIG_AUDIOENCODING']._serialized_end=803
-  _globals['_ENDPOINTINGCONFIG']._serialized_start=805
-  _globals['_ENDPOINTINGCONFIG']._serialized_end=932
-  _globals['_ENDPOINTRULE']._serialized_start=934
-  _globals['_ENDPOINTRULE']._serialized_end=1022
-  _globals['_PHRASEHINTS']._serialized_start=1024
-  _globals['_PHRASEHINTS']._serialized_end=1069
-  _globals['_STREAMCONTROL']._serialized_start=1071
-  _globals['_STREAMCONTROL']._serialized_end=1188
-  _globals['_FLUSH']._serialized_start=1190
-  _globals['_FLUSH']._serialized_end=1197
-  _globals['_COMPUTEBUDGET']._serialized_start=1200
-  _globals['_COMPUTEBUDGET']._serialized_end=1334
-  _globals['_STREAMINGRECOGNIZERESPONSE']._serialized_start=1336
-  _globals['_STREAMINGRECOGNIZERESPONSE']._serialized_end=1422
-  _globals['_STREAMINGRECOGNITIONRESULT']._serialized_start=1425
-  _globals['_STREAMINGRECOGNITIONRESULT']._serialized_end=1826
-  _globals['_CHUNKREPORT']._serialized_start=1829
-  _globals['_CHUNKREPORT']._serialized_end=2188
-  _globals['_CHUNKREPORT_DECISION']._serialized_start=2094
-  _globals['_CHUNKREPORT_DECISION']._serialized_end=2188
-  _globals['_SPEECHRECOGNITIONALTERNATIVE']._serialized_start=2190
-  _globals['_SPEECHRECOGNITIONALTERNATIVE']._serialized_end=2298
-  _globals['_WORDINFO']._serialized_start=2301
-  _globals['_WORDINFO']._serialized_end=2441
-  _globals['_GETMODELREQUEST']._serialized_start=2443
-  _globals['_GETMODELREQUEST']._serialized_end=2474
-  _globals['_MODEL']._serialized_start=2477
-  _globals['_MODEL']._serialized_end=2872
-  _globals['_MODEL_PROVENANCEENTRY']._serialized_start=2823
-  _globals['_MODEL_PROVENANCEENTRY']._serialized_end=2872
-  _globals['_EXIT']._serialized_start=2874
-  _globals['_EXIT']._serialized_end=2928
-  _globals['_SPEECH']._serialized_start=2931
-  _globals['_SPEECH']._serialized_end=3108
+  _globals['_STREAMINGCONFIG']._serialized_end=865
+  _globals['_STREAMINGCONFIG_AUDIOENCODING']._serialized_start=726
+  _globals['_STREAMINGCONFIG_AUDIOENCODING']._serialized_end=839
+  _globals['_ENDPOINTINGCONFIG']._serialized_start=867
+  _globals['_ENDPOINTINGCONFIG']._serialized_end=994
+  _globals['_ENDPOINTRULE']._serialized_start=996
+  _globals['_ENDPOINTRULE']._serialized_end=1084
+  _globals['_PHRASEHINTS']._serialized_start=1086
+  _globals['_PHRASEHINTS']._serialized_end=1131
+  _globals['_STREAMCONTROL']._serialized_start=1133
+  _globals['_STREAMCONTROL']._serialized_end=1250
+  _globals['_FLUSH']._serialized_start=1252
+  _globals['_FLUSH']._serialized_end=1259
+  _globals['_COMPUTEBUDGET']._serialized_start=1262
+  _globals['_COMPUTEBUDGET']._serialized_end=1440
+  _globals['_STREAMINGRECOGNIZERESPONSE']._serialized_start=1442
+  _globals['_STREAMINGRECOGNIZERESPONSE']._serialized_end=1528
+  _globals['_STREAMINGRECOGNITIONRESULT']._serialized_start=1531
+  _globals['_STREAMINGRECOGNITIONRESULT']._serialized_end=1932
+  _globals['_CHUNKREPORT']._serialized_start=1935
+  _globals['_CHUNKREPORT']._serialized_end=2294
+  _globals['_CHUNKREPORT_DECISION']._serialized_start=2200
+  _globals['_CHUNKREPORT_DECISION']._serialized_end=2294
+  _globals['_SPEECHRECOGNITIONALTERNATIVE']._serialized_start=2296
+  _globals['_SPEECHRECOGNITIONALTERNATIVE']._serialized_end=2404
+  _globals['_WORDINFO']._serialized_start=2407
+  _globals['_WORDINFO']._serialized_end=2547
+  _globals['_GETMODELREQUEST']._serialized_start=2549
+  _globals['_GETMODELREQUEST']._serialized_end=2580
+  _globals['_MODEL']._serialized_start=2583
+  _globals['_MODEL']._serialized_end=2978
+  _globals['_MODEL_PROVENANCEENTRY']._serialized_start=2929
+  _globals['_MODEL_PROVENANCEENTRY']._serialized_end=2978
+  _globals['_EXIT']._serialized_start=2980
+  _globals['_EXIT']._serialized_end=3034
+  _globals['_SPEECH']._serialized_start=3037
+  _globals['_SPEECH']._serialized_end=3214
 # @@protoc_insertion_point(module_scope)

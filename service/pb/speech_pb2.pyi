@@ -21,7 +21,7 @@ class StreamingRecognizeRequest(_message.Message):
     def __init__(self, streaming_config: _Optional[_Union[StreamingConfig, _Mapping]] = ..., audio_content: _Optional[bytes] = ..., control: _Optional[_Union[StreamControl, _Mapping]] = ...) -> None: ...
 
 class StreamingConfig(_message.Message):
-    __slots__ = ("encoding", "sample_rate_hertz", "interim_results", "enable_word_time_offsets", "chunk_ms", "policy", "fill", "compute_budget", "model", "audio_channel_count", "audio_channel", "endpointing", "phrase_hints")
+    __slots__ = ("encoding", "sample_rate_hertz", "interim_results", "enable_word_time_offsets", "chunk_ms", "policy", "fill", "compute_budget", "model", "audio_channel_count", "audio_channel", "endpointing", "phrase_hints", "language_model_weight")
     class AudioEncoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ENCODING_UNSPECIFIED: _ClassVar[StreamingConfig.AudioEncoding]
@@ -51,6 +51,7 @@ class StreamingConfig(_message.Message):
     AUDIO_CHANNEL_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTING_FIELD_NUMBER: _ClassVar[int]
     PHRASE_HINTS_FIELD_NUMBER: _ClassVar[int]
+    LANGUAGE_MODEL_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     encoding: StreamingConfig.AudioEncoding
     sample_rate_hertz: int
     interim_results: bool
@@ -64,7 +65,8 @@ class StreamingConfig(_message.Message):
     audio_channel: int
     endpointing: EndpointingConfig
     phrase_hints: _containers.RepeatedCompositeFieldContainer[PhraseHints]
-    def __init__(self, encoding: _Optional[_Union[StreamingConfig.AudioEncoding, str]] = ..., sample_rate_hertz: _Optional[int] = ..., interim_results: bool = ..., enable_word_time_offsets: bool = ..., chunk_ms: _Optional[int] = ..., policy: _Optional[str] = ..., fill: _Optional[str] = ..., compute_budget: _Optional[_Union[ComputeBudget, _Mapping]] = ..., model: _Optional[str] = ..., audio_channel_count: _Optional[int] = ..., audio_channel: _Optional[int] = ..., endpointing: _Optional[_Union[EndpointingConfig, _Mapping]] = ..., phrase_hints: _Optional[_Iterable[_Union[PhraseHints, _Mapping]]] = ...) -> None: ...
+    language_model_weight: float
+    def __init__(self, encoding: _Optional[_Union[StreamingConfig.AudioEncoding, str]] = ..., sample_rate_hertz: _Optional[int] = ..., interim_results: bool = ..., enable_word_time_offsets: bool = ..., chunk_ms: _Optional[int] = ..., policy: _Optional[str] = ..., fill: _Optional[str] = ..., compute_budget: _Optional[_Union[ComputeBudget, _Mapping]] = ..., model: _Optional[str] = ..., audio_channel_count: _Optional[int] = ..., audio_channel: _Optional[int] = ..., endpointing: _Optional[_Union[EndpointingConfig, _Mapping]] = ..., phrase_hints: _Optional[_Iterable[_Union[PhraseHints, _Mapping]]] = ..., language_model_weight: _Optional[float] = ...) -> None: ...
 
 class EndpointingConfig(_message.Message):
     __slots__ = ("silence_ms", "rules", "max_utterance_ms")
@@ -107,16 +109,20 @@ class Flush(_message.Message):
     def __init__(self) -> None: ...
 
 class ComputeBudget(_message.Message):
-    __slots__ = ("mean_depth", "encoder_macs_per_second", "real_time_factor", "max_exit_layer")
+    __slots__ = ("mean_depth", "encoder_macs_per_second", "real_time_factor", "max_exit_layer", "min_exit_layer", "peak_depth")
     MEAN_DEPTH_FIELD_NUMBER: _ClassVar[int]
     ENCODER_MACS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     REAL_TIME_FACTOR_FIELD_NUMBER: _ClassVar[int]
     MAX_EXIT_LAYER_FIELD_NUMBER: _ClassVar[int]
+    MIN_EXIT_LAYER_FIELD_NUMBER: _ClassVar[int]
+    PEAK_DEPTH_FIELD_NUMBER: _ClassVar[int]
     mean_depth: float
     encoder_macs_per_second: float
     real_time_factor: float
     max_exit_layer: int
-    def __init__(self, mean_depth: _Optional[float] = ..., encoder_macs_per_second: _Optional[float] = ..., real_time_factor: _Optional[float] = ..., max_exit_layer: _Optional[int] = ...) -> None: ...
+    min_exit_layer: int
+    peak_depth: float
+    def __init__(self, mean_depth: _Optional[float] = ..., encoder_macs_per_second: _Optional[float] = ..., real_time_factor: _Optional[float] = ..., max_exit_layer: _Optional[int] = ..., min_exit_layer: _Optional[int] = ..., peak_depth: _Optional[float] = ...) -> None: ...
 
 class StreamingRecognizeResponse(_message.Message):
     __slots__ = ("results",)

@@ -10,7 +10,7 @@ command -v qemu-aarch64-static debootstrap >/dev/null || apt-get install -y -q q
 # Unpack only: nothing is configured or run, so no root and no mounts are needed.
 packages=$(mktemp -d)
 trap 'rm -rf "$packages"' EXIT
-debootstrap --arch=arm64 --variant=minbase --foreign --download-only --include=python3.11,python3.11-minimal \
+debootstrap --arch=arm64 --variant=minbase --download-only --include=python3.11,python3.11-minimal \
     bookworm "$packages"
 mkdir -p "$root"
 find "$packages/var/cache/apt/archives" -name '*.deb' -exec dpkg-deb -x {} "$root" \;

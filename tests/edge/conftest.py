@@ -19,7 +19,7 @@ CALIBRATION = {"posterior": {"thresholds": [0.5, 0.4, None]}, "entropy": {"table
 @pytest.fixture(scope="session")
 def source() -> Model:
     """Random weights; four segments of one layer, so that two are of the same kind."""
-    return random_model(seed=7, num_layers=4, exit_every=1)
+    return random_model(seed=7, num_layers=4, exit_every=1, head_hidden=(16, 0, 0, 0))
 
 
 @pytest.fixture(scope="session")

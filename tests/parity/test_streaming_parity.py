@@ -11,7 +11,7 @@ import pytest
 
 from asr_exit.checkpoint import Model
 from asr_exit.engine import Engine
-from asr_exit.policy import Evidence, Fixed, Full, RandomDepth
+from asr_exit.policy import Evidence, ExitPolicy, Fixed, Full, RandomDepth
 from asr_exit.recognizer import Recognizer
 from asr_exit.stream import Chunk, Fill, Stream, StreamOptions
 from tests.conftest import babble
@@ -41,7 +41,7 @@ class Recorder(Engine):
 
 
 @dataclasses.dataclass(frozen=True)
-class Observed:
+class Observed(ExitPolicy):
     """A policy that asks for evidence at every exit, so that every exit is read."""
 
     inner: object

@@ -78,6 +78,9 @@ class FakeEngine:
     def ready(self) -> int:
         return 0 if self.paused else sum(map(self._is_ready, self.streams))
 
+    def catch_up(self) -> bool:
+        return False
+
     def step(self) -> StepOutput:
         if self.raise_in_step:
             error, self.raise_in_step = self.raise_in_step, None

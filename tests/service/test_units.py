@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from asr_exit.budget import Budget
 from asr_exit.errors import ConfigError
+from asr_exit.load_control import LoadSignal
+from service import wire
 from service.config import ServeConfig, is_loopback, load_config
 from service.feed import Pace
+from service.load import LoadMonitor, machine_usage
+from service.pb import speech_pb2 as pb
 
 
 def test_defaults_and_overrides(tmp_path: Path) -> None:
@@ -90,3 +96,34 @@ def test_stubs_are_up_to_date() -> None:
     assert set(stubs) >= {"speech_pb2.py", "speech_pb2.pyi", "speech_pb2_grpc.py"}
     assert generate.stale(stubs) == []
     assert generate.stale({**stubs, "speech_pb2.py": ""}) == ["speech_pb2.py"]
+
+
+def test_every_part_of_a_budget_travels() -> None:
+    message = pb.ComputeBudget(mean_depth=0.5, max_exit_layer=10, min_exit_layer=4, peak_depth=0.8)
+    assert wire.parse_budget(message) == Budget(0.5, max_exit_layer=10, min_exit_layer=4, peak_depth=0.8)
+    assert wire.parse_budget(pb.ComputeBudget()) == Budget()
+    with pytest.raises(ConfigError, match="deeper than max_exit_layer"):
+        wire.parse_budget(pb.ComputeBudget(max_exit_layer=2, min_exit_layer=4))
+
+
+def test_the_load_monitor_asks_for_the_machines_use_once_a_second() -> None:
+    seen: list[LoadSignal] = []
+
+    class Controller:
+        ceiling = 3
+
+        def update(self, signal: LoadSignal) -> None:
+            seen.append(signal)
+
+    uses, now = iter([(0.5, None), (0.7, 0.9)]), [0.0]
+    monitor = LoadMonitor(Controller(), clock=lambda: now[0], usage=lambda: next(uses))  # type: ignore[arg-type]
+    result = SimpleNamespace(stream=SimpleNamespace(options=SimpleNamespace(chunk_ms=640)))
+    output = SimpleNamespace(results=[result], step_ms=30.0)
+    for now[0] in (10.0, 10.5, 11.1):
+        assert monitor.after_step(output, 50.0, ready_streams=1, free_slots=2) == 3  # type: ignore[arg-type]
+    assert [(signal.cpu_fraction, signal.gpu_fraction) for signal in seen] == [(0.5, None), (0.5, None), (0.7, 0.9)]
+    assert [signal.queue_delay_ms for signal in seen] == [20.0] * 3
+    cpu, gpu = machine_usage()
+    assert cpu is not None
+    assert 0 <= cpu <= 1
+    assert gpu is None or 0 <= gpu <= 1

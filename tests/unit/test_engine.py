@@ -121,7 +121,7 @@ def test_confident_chunks_leave_early_and_cost_less(model: Model) -> None:
     full = feed(engine, 5.0, StreamOptions())
     assert {result.exit_layer for result in early} == {2}
     assert {result.reason for result in early} == {Reason.CONFIDENT}
-    assert early[0].encoder_macs == engine.macs.to_exit(0, 8, propagate=True) < full[0].encoder_macs
+    assert early[0].encoder_macs == engine.macs.to_exit(0, 8) < full[0].encoder_macs
 
 
 @pytest.mark.parametrize("fraction", [0.4, 0.6, 0.9])
@@ -235,7 +235,7 @@ def test_a_long_silence_ends_the_utterance_and_nothing_is_lost() -> None:
 
 
 def test_an_endless_utterance_is_cut_between_words() -> None:
-    model, samples = random_model(seed=4), babble(30.0, 5)  # one that writes many words
+    model, samples = random_model(seed=9), babble(30.0, 5)  # one that writes many words
     engine = Engine(model, slots=1)
     stream = engine.open(StreamOptions(endpoint_silence_ms=0, max_utterance_ms=5_000))
     engine.push(stream, samples)

@@ -236,7 +236,72 @@ def test_a_cpu_saturated_by_others_slows_the_way_up() -> None:
     assert control.ceiling == 5
 
 
-@pytest.mark.parametrize("name", ["queue_delay_ms", "step_ms", "chunk_ms", "ready_streams", "cpu_fraction"])
+def test_a_busy_gpu_slows_the_way_up_as_a_busy_cpu_does() -> None:
+    clock = Clock()
+    control = controller(clock)
+    feed(control, clock, 500.0, 0.1)
+    feed(control, clock, 0.0, 1.1, gpu_fraction=0.99, cpu_fraction=0.1)
+    assert control.ceiling == 3
+
+
+@pytest.mark.parametrize(("pressure", "ceiling"), [(0.0, 5), (0.3, 3), (0.5, 2), (0.9, 0), (1.0, 0), (3.0, 0)])
+def test_heat_limits_depth(pressure: float, ceiling: int) -> None:
+    clock = Clock()
+    control = controller(clock)
+    feed(control, clock, 10.0, 3.0, thermal_pressure=pressure)
+    assert control.ceiling == ceiling
+    feed(control, clock, 10.0, 2.0, thermal_pressure=0.0)
+    assert control.ceiling == 5
+
+
+@pytest.mark.parametrize(("charge", "ceiling"), [(0.9, 5), (0.2, 5), (0.19, 1), (0.1, 0), (0.0, 0)])
+def test_a_low_battery_limits_depth(charge: float, ceiling: int) -> None:
+    clock = Clock()
+    control = controller(clock)
+    feed(control, clock, 10.0, 3.0, battery_fraction=charge)
+    assert control.ceiling == ceiling
+
+
+def test_heat_around_a_step_does_not_make_depth_oscillate() -> None:
+    clock = Clock()
+    control = controller(clock)
+    ceilings = []
+    for turn in range(60):
+        feed(control, clock, 10.0, 0.5, thermal_pressure=0.333 + 0.01 * (-1) ** turn)
+        ceilings.append(control.ceiling)
+    changes = sum(before != after for before, after in itertools.pairwise(ceilings))
+    assert changes <= 1
+    assert ceilings[-1] == 2  # the cooler side
+
+
+def test_heat_and_load_together_keep_to_one_change_a_second() -> None:
+    clock = Clock()
+    control = controller(clock)
+    at, last = [], control.ceiling
+    for turn in range(400):
+        clock.now += 0.05
+        hot = 0.6 if turn // 15 % 2 else 0.0
+        control.update(LoadSignal(300.0 if turn // 25 % 2 else 1.0, 5.0, 640.0, thermal_pressure=hot))
+        if control.ceiling != last:
+            at.append(clock.now)
+            last = control.ceiling
+    assert len(at) >= 4
+    assert all(later - earlier >= 1.0 - 1e-9 for earlier, later in itertools.pairwise(at))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "queue_delay_ms",
+        "step_ms",
+        "chunk_ms",
+        "ready_streams",
+        "cpu_fraction",
+        "gpu_fraction",
+        "thermal_pressure",
+        "battery_fraction",
+    ],
+)
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_signals_must_be_numbers_from_zero(name: str, value: float) -> None:
     fields: dict[str, Any] = {"queue_delay_ms": 0.0, "step_ms": 0.0, "chunk_ms": 640.0} | {name: value}

@@ -1,0 +1,213 @@
+"""From held-out recordings to what a checkpoint stores about its exit policies.
+
+Observe once at full depth, solve every criterion's thresholds for a grid of mean costs on that record, then replay a
+few rows of each in the engine: an early exit changes what deeper layers see later (fill `propagate`), which the record
+cannot know, so cost and word errors of the table are corrected by what the engine measured, interpolated in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from asr_exit.calibration.gates import train_gates, train_hazards
+from asr_exit.calibration.observe import Observations, observe
+from asr_exit.calibration.replay import outcome, replay
+from asr_exit.calibration.solve import Row, choose, exits_of, solve, static_thresholds, thinned
+from asr_exit.calibration.workers import Recording, Workers
+from asr_exit.errors import ConfigError
+from asr_exit.policies.criteria import BEAMS
+from asr_exit.policies.learned import FEATURES, ExitWeights
+from asr_exit.policy import CRITERIA, Criterion, Gate, QExit
+from asr_exit.stream import Fill, StreamOptions
+
+TOLERANCE = 0.015  # relative word error rate that early exits may cost
+PROBES = (0.25, 0.5, 0.75)  # rows replayed per criterion, by their place in the table
+PROBE_SECONDS = 360.0  # of audio per replayed row
+COMPARED_COSTS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # where criteria compete for being the default
+TRIES = 3  # rows that the default policy may step up when the engine measures more errors than predicted
+CHUNK_MS = (640, 160, 320, 1280)  # the first is what is meant where nobody says
+
+
+def calibrate(
+    workers: Workers,
+    recordings: Sequence[Recording],
+    *,
+    name: str,
+    chunks_ms: Sequence[int] = CHUNK_MS,
+    criteria: Sequence[str] = tuple(CRITERIA),
+    target: float | None = None,
+    tolerance: float = TOLERANCE,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Calibration of the workers' model, ready for `save_model`.
+
+    Args:
+        name: of the recordings, for the record.
+        chunks_ms: chunk lengths to calibrate for; the first is the default one.
+        target: wanted mean cost of the default thresholds, as a share of full depth; None asks for the cheapest row
+            that adds at most `tolerance` (relative) word errors.
+        on_stage: told what begins.
+
+    Raises:
+        ConfigError: nothing to calibrate, an unknown criterion, or a target outside (0, 1].
+        AudioError: a recording that cannot be read.
+    """
+    unknown = [criterion for criterion in criteria if criterion not in CRITERIA]
+    if unknown or not criteria or not chunks_ms:
+        raise ConfigError(f"cannot calibrate {', '.join(unknown) or 'nothing'}; criteria are {', '.join(CRITERIA)}")
+    if target is not None and not 0.0 < target <= 1.0:
+        raise ConfigError(f"the target {target:g} must be a share of full depth, above 0 and at most 1")
+    results = [
+        _for_chunk(workers, recordings, name, float(chunk_ms), criteria, target, tolerance, on_stage)
+        for chunk_ms in chunks_ms
+    ]
+    first = results[0]
+    if len(results) > 1:
+        first["by_chunk_ms"] = {f"{result['chunk_ms']:g}": result for result in results[1:]}
+    return first
+
+
+def _for_chunk(
+    workers: Workers,
+    recordings: Sequence[Recording],
+    name: str,
+    chunk_ms: float,
+    criteria: Sequence[str],
+    target: float | None,
+    tolerance: float,
+    on_stage: Callable[[str], None],
+) -> dict[str, Any]:
+    on_stage(f"{chunk_ms:g} ms: observing {len(recordings)} recordings")
+    observations = observe(workers, recordings, chunk_ms, BEAMS if "sentence" in criteria else 0)
+    probe = _Probe(workers, observations, chunk_ms)
+    result: dict[str, Any] = {
+        "chunk_ms": chunk_ms,
+        "fill": str(Fill.PROPAGATE),
+        "data": f"{name}, {len(recordings)} utterances, {observations.seconds / 3600:.2f} h",
+        "date": datetime.now(UTC).date().isoformat(),
+        "full_wer": round(observations.full_wer, 4),
+        "tolerance": tolerance,
+    }
+    tables: dict[str, tuple[Criterion, list[Row]]] = {}
+    for label in criteria:
+        on_stage(f"{chunk_ms:g} ms: {label}")
+        policy = trained(label, observations)
+        rows = thinned(probe.corrected(policy, table(policy, observations)))
+        tables[label] = policy, rows
+        chosen = choose(rows, observations.full_wer, target, tolerance)
+        result[label] = chosen.stored(CRITERIA[label]) | _weights(policy)
+        result[label]["table"] = [row.stored(CRITERIA[label]) for row in rows]
+    cheap = [label for label in criteria if CRITERIA[label].beams == 0] or list(criteria)
+    best = min(cheap, key=lambda label: _mean_wer(tables[label][1]))
+    result["default"] = best
+    on_stage(f"{chunk_ms:g} ms: measuring {best}, the default")
+    result[best] |= _measured(probe, *tables[best], result[best], observations.full_wer, target, tolerance)
+    return result
+
+
+def trained(label: str, observations: Observations) -> Criterion:
+    """The criterion of that name that never leaves; a learned one with weights trained on the observations."""
+    never = (None,) * (len(observations.macs) - 1)
+    if label == Gate.label:
+        return Gate(never, weights=train_gates(observations.evidence, observations.harm))
+    if label == QExit.label:
+        return QExit(never, weights=train_hazards(observations.evidence, observations.harm))
+    return CRITERIA[label](never)
+
+
+def table(policy: Criterion, observations: Observations) -> list[Row]:
+    """Rows of thresholds with the cost and word errors that the observations promise, cheapest first."""
+    confidence = observations.confidence(policy)
+    fills = np.arange(len(observations.macs) - 1, -1, -1)[:, None] * observations.fill_macs
+    costs = (observations.macs + fills) / (observations.full_macs / observations.macs.shape[1])
+    rows = []
+    for thresholds in dict.fromkeys(solve(confidence, observations.harm, observations.edits, costs)):
+        exits = exits_of(confidence, thresholds)
+        rows.append(Row(observations.macs_fraction(exits), observations.wer(exits), thresholds))
+    for k in range(len(confidence) - 1):  # a criterion must not do worse than an exit that it could always take
+        cost = observations.macs_fraction(np.full(confidence.shape[1], k))
+        rows.append(Row(cost, observations.static_wer(k), static_thresholds(k, len(confidence))))
+    return thinned(rows)
+
+
+def _mean_wer(rows: Sequence[Row]) -> float:
+    """Over `COMPARED_COSTS`: one row's word errors would say more about chance than about the criterion."""
+    costs, wers = [row.macs_fraction for row in rows], [row.wer for row in rows]
+    return float(np.interp(COMPARED_COSTS, costs, wers).mean())
+
+
+def _weights(policy: Criterion) -> dict[str, Any]:
+    weights = getattr(policy, "weights", None)
+    if not isinstance(weights, ExitWeights):
+        return {}
+    return {"weights": [list(row) for row in weights.rows], "features": list(FEATURES)}
+
+
+class _Probe:
+    """Replays rows in the engine on a part of the recordings, spread over all of them."""
+
+    def __init__(self, workers: Workers, observations: Observations, chunk_ms: float) -> None:
+        self._workers, self._all = workers, observations
+        self._options = StreamOptions(chunk_ms=chunk_ms, fill=Fill.PROPAGATE)
+        step = max(1, int(observations.seconds / PROBE_SECONDS))
+        self._part = observations.only(range(0, len(observations.items), step))
+
+    def measure(self, policy: Criterion, row: Row, everywhere: bool = False) -> tuple[float, float]:
+        """(Share of full MACs, word error rate) of the row's thresholds, in the engine."""
+        setting = dataclasses.replace(policy, threshold=tuple(row.native(type(policy))))
+        options = dataclasses.replace(self._options, policy=setting)
+        recordings = (self._all if everywhere else self._part).recordings
+        found = outcome(self._workers.map(replay, recordings, options))
+        return found.macs_fraction, found.wer
+
+    def corrected(self, policy: Criterion, rows: Sequence[Row]) -> list[Row]:
+        """`rows` as the engine would measure them; both ends are exact as they are."""
+        confidence = self._part.confidence(policy)
+        places, dearer, worse = [rows[0].macs_fraction], [0.0], [0.0]
+        for share in PROBES if len(rows) > 2 else ():
+            row = rows[1 + int(share * (len(rows) - 2))]
+            if row.macs_fraction <= places[-1] or row is rows[-1]:
+                continue
+            exits = exits_of(confidence, row.thresholds)
+            cost, wer = self.measure(policy, row)
+            places.append(row.macs_fraction)
+            dearer.append(cost - self._part.macs_fraction(exits))
+            worse.append(wer / max(1e-9, self._part.wer(exits)) - 1.0)
+        places.append(max(1.0, rows[-1].macs_fraction))
+        dearer.append(0.0)
+        worse.append(0.0)
+        return [
+            row
+            if row.is_static
+            else Row(
+                min(1.0, row.macs_fraction + float(np.interp(row.macs_fraction, places, dearer))),
+                row.wer * (1.0 + float(np.interp(row.macs_fraction, places, worse))),
+                row.thresholds,
+            )
+            for row in rows
+        ]
+
+
+def _measured(
+    probe: _Probe,
+    policy: Criterion,
+    rows: Sequence[Row],
+    stored: Mapping[str, Any],
+    full_wer: float,
+    target: float | None,
+    tolerance: float,
+) -> dict[str, Any]:
+    """The stored row as the engine measures it on everything; where it errs too often, a more expensive one."""
+    limit = (1.0 + tolerance) * full_wer
+    place = next(i for i, row in enumerate(rows) if row.stored(type(policy))["thresholds"] == stored["thresholds"])
+    for step in range(TRIES):
+        row = rows[min(place + step, len(rows) - 1)]
+        cost, wer = probe.measure(policy, row, everywhere=True)
+        if wer <= limit or target is not None:
+            break
+    return row.stored(type(policy)) | {"macs_fraction_measured": round(cost, 4), "wer_measured": round(wer, 4)}

@@ -1,0 +1,109 @@
+"""One model from several: the mean of their weights.
+
+    python -m recipes.librispeech.average RUN/ema-3.safetensors RUN/ema-4.safetensors RUN --out model.safetensors \\
+        [--weights 1,1,2]
+
+Sources are model files, run folders (their ema.safetensors), and copies of a run's ema.safetensors or state.pt that lie
+in its folder. They must be stages of one training, or trainings that began from one: the mean of unrelated models is
+noise. Calibration is not carried over, since its thresholds belong to the weights they were found for: calibrate again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from asr_exit.checkpoint import Model, load, save_model
+from asr_exit.errors import AsrExitError, CheckpointError, ConfigError
+from recipes.librispeech.bundle import Parts, read_run, without_paths
+
+
+def read_source(path: Path) -> Parts:
+    """Weights and what belongs to them.
+
+    Raises:
+        CheckpointError: neither a model file, nor a run folder, nor a file of weights in one.
+    """
+    if path.is_dir():
+        return read_run(path)
+    if (path.parent / "config.json").is_file():
+        return read_run(path.parent, path)
+    model = load(path)
+    return Parts(model.config, model.encoder.state_dict(), model.tokenizer, model.provenance)
+
+
+def mean_of(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The weighted mean of each tensor, summed in double precision; shapes and names must agree."""
+    total = sum(weights)
+    mean = {}
+    for name, first in states[0].items():
+        summed = torch.zeros_like(first, dtype=torch.float64)
+        for state, weight in zip(states, weights, strict=True):
+            summed += state[name].double() * (weight / total)
+        mean[name] = summed.to(first.dtype)
+    return mean
+
+
+def average(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> Model:
+    """Write the mean of `paths` to `out` and load it back.
+
+    Raises:
+        ConfigError: fewer than two sources, or weights that do not fit them.
+        CheckpointError: a source that cannot be read, or sources of different shape, tokenizer or feature statistics.
+    """
+    weights = [1.0] * len(paths) if weights is None else list(weights)
+    if len(paths) < 2:
+        raise ConfigError("give at least two models to average")
+    if len(weights) != len(paths) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ConfigError(f"--weights must be {len(paths)} positive numbers, one for each source")
+    sources = [read_source(path) for path in paths]
+    first = sources[0]
+    for path, source in zip(paths, sources, strict=True):
+        if source.config != first.config:
+            raise CheckpointError(f"{path} has another shape than {paths[0]}: average stages of one training only")
+        if source.tokenizer.proto != first.tokenizer.proto:
+            raise CheckpointError(f"{path} has another tokenizer than {paths[0]}: average stages of one training only")
+        for name in ("feature_mean", "feature_std"):
+            if not torch.equal(source.state[name], first.state[name]):
+                raise CheckpointError(f"{path} has other feature statistics than {paths[0]}: it saw other data")
+    made = [
+        {"source": path.name, "weight": weight, **source.provenance}
+        for path, weight, source in zip(paths, weights, sources, strict=True)
+    ]
+    provenance = {**sources[-1].provenance, "averaged": made}
+    mean = mean_of([source.state for source in sources], weights)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_model(out, first.config, mean, first.tokenizer, None, without_paths(provenance))
+    return load(out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Average models, or stages of a training, into one model file.")
+    parser.add_argument("sources", type=Path, nargs="+", help="model files, run folders, or weights in run folders")
+    parser.add_argument("--weights", help="one number per source, comma-separated (default: all equal)")
+    parser.add_argument("--out", type=Path, required=True, help="model file to write (.safetensors)")
+    options = parser.parse_args(arguments)
+    try:
+        try:
+            weights = [float(part) for part in options.weights.split(",")] if options.weights else None
+        except ValueError:
+            raise ConfigError(f"--weights {options.weights!r} must be numbers, joined by commas") from None
+        model = average(options.sources, options.out, weights)
+    except AsrExitError as error:
+        sys.exit(f"average: {error}")
+    parameters = sum(parameter.numel() for parameter in model.encoder.parameters())
+    size = options.out.stat().st_size / 1e6
+    print(
+        f"{options.out.name}: {size:.1f} MB, {parameters / 1e6:.1f} M parameters, mean of {len(options.sources)}; loads"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What skipped layers get, compared on one model: word errors, and the MACs that were really spent.
+
+The three fills run in the engine with the default policy. Two ways of skipping less than a whole layer run here, as an
+offline pass with the serving mask in which every frame says for itself how deep it goes:
+
+* **feed-forward skip** (FFN-SkipLLM, arXiv 2404.03865): a chunk that the policy would let go still runs attention and
+  convolution of all deeper layers, so caches stay whole, but none of their feed-forward halves; its text is the last
+  exit's.
+* **frame skip** (as DToP, arXiv 2308.01045, and blank skipping): frames that an exit calls blank with high confidence
+  go no deeper, except `GUARD_FRAMES` around other labels; each frame's label is that of its own last exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asr_exit.attention import FrameContext, additive, rotary, visible
+from asr_exit.budget import Budget
+from asr_exit.calibration.replay import Replay
+from asr_exit.calibration.workers import Recording, samples_of
+from asr_exit.checkpoint import Model
+from asr_exit.ctc import BLANK
+from asr_exit.evidence import ExitScores, collapse, score, with_beam_share
+from asr_exit.features import log_mel
+from asr_exit.metrics import word_errors
+from asr_exit.policy import Criterion, ExitPolicy, Full
+from asr_exit.stream import Fill
+from service.bench.depth import Runner
+from service.bench.paired import Point
+
+GUARD_FRAMES = 1
+BLANK_CONFIDENCES = (0.9, 0.99, 0.999)
+CAP_CHUNKS = 4
+Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def compare_fills(runner: Runner) -> list[dict[str, Any]]:
+    """Rows of name, wer and macs_fraction."""
+    policy = runner.policy("auto")
+    points = [runner.point("full depth", Full())]
+    points += [runner.point(f"{fill}, default policy", policy, fill=fill) for fill in Fill]
+    capped = f"catch_up, backlog at most {CAP_CHUNKS} chunks"
+    points.append(runner.point(capped, policy, fill=Fill.CATCH_UP, catch_up_cap_chunks=CAP_CHUNKS))
+    half = Budget(mean_depth=0.5)
+    points.append(runner.point("catch_up, budget 0.5 (backlog given up)", policy, fill=Fill.CATCH_UP, budget=half))
+    chunk_ms = runner.options.chunk_ms
+    points.append(_offline(runner, "feed-forward skip, default policy", chunk_ms, policy, None))
+    points += [_offline(runner, f"frame skip, blank >= {p:g}", chunk_ms, None, p) for p in BLANK_CONFIDENCES]
+    return [{"name": point.name, "wer": point.wer, "macs_fraction": point.cost} for point in points]
+
+
+def _offline(
+    runner: Runner, name: str, chunk_ms: float, policy: ExitPolicy | None, blank_confidence: float | None
+) -> Point:
+    return Point.of(name, runner.workers.map(_run_all, runner.recordings, chunk_ms, policy, blank_confidence))
+
+
+def _run_all(
+    model: Model,
+    recordings: Sequence[Recording],
+    chunk_ms: float,
+    policy: ExitPolicy | None,
+    blank_confidence: float | None,
+) -> list[Replay]:
+    return [_run(model, recording, chunk_ms, policy, blank_confidence) for recording in recordings]
+
+
+@torch.inference_mode()
+def _run(
+    model: Model, recording: Recording, chunk_ms: float, policy: ExitPolicy | None, blank_confidence: float | None
+) -> Replay:
+    features = torch.from_numpy(log_mel(samples_of(recording.path), model.config.features))[None]
+    if features.shape[1] == 0:
+        return Replay(errors=word_errors(recording.text, ""))
+    chunk_frames = model.config.chunk_frames(chunk_ms)
+    by_chunk = _ChunkDecisions(policy, chunk_frames) if isinstance(policy, Criterion) else None
+    decide = by_chunk or (lambda k, logits, before, after: _sure_blanks(logits, blank_confidence or 1.0))
+    ids, macs = masked_forward(model, features, chunk_frames, decide, mixers=by_chunk is not None)
+    text = model.tokenizer.decode(collapse(ids).tolist())
+    return Replay(text=text, errors=word_errors(recording.text, text), macs=macs, full_macs=model.macs.full(len(ids)))
+
+
+def _sure_blanks(logits: Tensor, confidence: float) -> Tensor:
+    """(1, T, V) -> (T,) bool: blank for sure, and no other label near."""
+    top, ids = logits[0].softmax(dim=-1).max(dim=-1)
+    spoken = (ids != BLANK).float()[None, None]
+    near = torch.nn.functional.max_pool1d(spoken, 2 * GUARD_FRAMES + 1, stride=1, padding=GUARD_FRAMES)[0, 0] > 0
+    return (ids == BLANK) & (top >= confidence) & ~near
+
+
+class _ChunkDecisions:
+    """An exit policy's decisions, chunk by chunk, as a mask over frames."""
+
+    def __init__(self, policy: Criterion, chunk_frames: int) -> None:
+        self._policy, self._chunk_frames = policy, chunk_frames
+        self._previous: list[ExitScores | None] = []
+
+    def __call__(self, exit_index: int, logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        stops, current = [], list[ExitScores | None]()
+        parts = [x.split(self._chunk_frames, dim=1) for x in (logits, before, after)]
+        for chunk, (scores, low, high) in enumerate(zip(*parts, strict=True)):
+            earlier = self._previous[chunk] if self._previous else None
+            found = score(scores, low, high, [earlier], want_log_probs=self._policy.beams > 0)[0]
+            if self._policy.beams:
+                found = with_beam_share(found, self._policy.beams)
+            current.append(found)
+            stops += [self._policy.stop(exit_index, found.evidence)] * scores.shape[1]
+        self._previous = current
+        return torch.tensor(stops)
+
+
+def masked_forward(
+    model: Model, features: Tensor, chunk_frames: int, decide: Decide, mixers: bool
+) -> tuple[np.ndarray, int]:
+    """An offline pass in which frames drop out: (T,) labels and the MACs spent.
+
+    Args:
+        features: (1, F, num_mels) log-mel. decide: (exit index, logits (1, T, V), states before and after (1, T, D)) ->
+            (T,) bool, frames that go no deeper.
+        mixers: frames that dropped out still run attention and convolution, and are read at the last exit; else their
+            layers are filled by propagation and they are read where they dropped out.
+    """
+    encoder, config, costs = model.encoder, model.config, model.macs
+    factor = config.subsampling
+    padded = torch.nn.functional.pad(encoder.normalise(features), (0, 0, 0, -features.shape[1] % factor))
+    x, _ = encoder.subsampling(padded)
+    frames = x.shape[1]
+    positions = torch.arange(frames)[None]
+    mask = additive(visible(positions, positions, chunk_frames, config.left_context_frames), x.dtype)
+    cos, sin = rotary(positions, config.d_model // config.num_heads, x.dtype)
+    context = FrameContext(cos, sin, mask, chunk_frames, torch.ones(1, frames, 1))
+    going = torch.ones(frames, dtype=torch.bool)
+    labels = torch.zeros(frames, dtype=torch.int64)
+    macs = float(costs.stem(frames))
+    skipped_ff = 4 * config.d_model * config.ff_dim * config.exit_every  # both halves, up and down, per frame
+    for index, segment in enumerate(encoder.segments):
+        gate = going.to(x.dtype)[None, :, None]
+        before, whole = x, going.clone() | torch.tensor(mixers)
+        for layer in segment.layers:
+            x = x + 0.5 * gate * layer.ff_in(x)
+            mixing = whole.to(x.dtype)[None, :, None]
+            x = x + mixing * layer.attention(layer.attention_norm(x), context, None)
+            x = x + mixing * layer.conv(layer.conv.gated(layer.conv_norm(x)), None, chunk_frames)
+            x = x + 0.5 * gate * layer.ff_out(x)
+        logits = segment.head(x)
+        labels = torch.where(whole, logits[0].argmax(dim=-1), labels)
+        count, left = int(going.sum()), int((~going).sum())
+        macs += costs.segment(index, count, with_head=True)
+        if left:
+            macs += costs.segment(index, left, True) - left * skipped_ff if mixers else costs.propagate(left)
+        if segment.feedback is not None:
+            x = x + whole.to(x.dtype)[None, :, None] * segment.feedback(logits.softmax(dim=-1))
+        if not segment.last:
+            x = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+            x = x if segment.gain is None else x * segment.gain
+        if index < config.num_exits - 1:
+            going = going & ~decide(index, logits, before, x)
+    return labels.numpy(), round(macs)

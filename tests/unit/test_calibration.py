@@ -1,0 +1,250 @@
+"""Solving thresholds: the record against the engine, the solver by hand, and what ends up in the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from asr_exit.calibration.calibrate import calibrate, table, trained
+from asr_exit.calibration.gates import train_gates, train_hazards
+from asr_exit.calibration.observe import Observations, observe
+from asr_exit.calibration.replay import Joined, Mixed, outcome, replay
+from asr_exit.calibration.solve import Row, choose, descend, exits_of, solve, static_thresholds, thinned
+from asr_exit.calibration.workers import Recording, Workers
+from asr_exit.checkpoint import Model
+from asr_exit.errors import ConfigError
+from asr_exit.policy import (
+    CRITERIA,
+    Entropy,
+    Evidence,
+    Fixed,
+    Full,
+    Patience,
+    Posterior,
+    RandomDepth,
+    Scheduled,
+    parse_policy,
+)
+from asr_exit.stream import Fill, StreamOptions
+from tests.conftest import babble
+
+OPTIONS = StreamOptions(fill=Fill.PROPAGATE)
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> list[Recording]:
+    folder = tmp_path_factory.mktemp("set")
+    items = []
+    for index, seconds in enumerate((3.1, 4.4, 0.008, 2.0, 11.0)):
+        path = folder / f"{index}.wav"
+        soundfile.write(path, babble(seconds, seed=index), 16_000)
+        items.append(Recording(path, "the quick brown fox"))
+    return items
+
+
+@pytest.fixture(scope="module")
+def workers(model: Model) -> Workers:
+    return Workers(model)
+
+
+@pytest.fixture(scope="module")
+def observations(workers: Workers, recordings: list[Recording]) -> Observations:
+    return observe(workers, recordings, 640)
+
+
+def test_recordings_without_a_frame_are_left_out(observations: Observations, recordings: list[Recording]) -> None:
+    assert observations.recordings == (*recordings[:2], *recordings[3:])
+    assert observations.only([1]).recordings == (recordings[1],)
+    assert observations.only([0, 2]).macs.shape[1] == 5 + 4
+
+
+def test_the_record_equals_the_engine_at_full_depth(
+    model: Model, observations: Observations, recordings: list[Recording]
+) -> None:
+    deepest = np.full(observations.macs.shape[1], 5)
+    found = outcome(replay(model, recordings, OPTIONS))
+    assert observations.wer(deepest) == pytest.approx(found.wer)
+    assert observations.macs_fraction(deepest) == found.macs_fraction == 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_simulated_cost_with_filling_equals_the_engine(
+    model: Model, observations: Observations, recordings: list[Recording], seed: int
+) -> None:
+    """Depths in runs longer than the left context, so that some chunks are filled late and some never."""
+    rng = np.random.default_rng(seed)
+    schedules = [
+        tuple(int(k) for k in np.repeat(rng.integers(0, 6, 20), rng.integers(1, 12, 20))[: len(item.frames)])
+        for item in observations.items
+    ]
+    options = [dataclasses.replace(OPTIONS, policy=_Scheduled(schedule)) for schedule in schedules]
+    found = replay(model, observations.recordings, options)
+    assert [tuple(item.exits) for item in found] == schedules
+    assert outcome(found).macs_fraction == pytest.approx(observations.macs_fraction(np.concatenate(schedules)))
+
+
+class _Scheduled(Scheduled):
+    """A schedule whose exits are all read, as those of a criterion are."""
+
+    needs_evidence = True  # type: ignore[assignment]
+
+
+def test_evidence_of_the_record_equals_the_engine(
+    model: Model, observations: Observations, recordings: list[Recording]
+) -> None:
+    seen: dict[int, list[Evidence]] = {}
+
+    class Spy(Full):
+        needs_evidence = True  # type: ignore[assignment]
+
+        def stop(self, exit_index: int, evidence: Evidence | None) -> bool:
+            assert evidence is not None
+            seen.setdefault(exit_index, []).append(evidence)
+            return False
+
+    replay(model, [recordings[1]], dataclasses.replace(OPTIONS, policy=Spy()))
+    for exit_index, expected in enumerate(observations.items[1].evidence[:-1]):
+        for ours, theirs in zip(seen[exit_index], expected, strict=True):
+            assert ours.max_posterior == pytest.approx(theirs.max_posterior, abs=1e-4)
+            assert ours.entropy_all == pytest.approx(theirs.entropy_all, abs=1e-4)
+            assert ours.similarity == pytest.approx(theirs.similarity, abs=1e-4)
+            assert ours.agreement == theirs.agreement
+            assert (ours.previous is None) == (exit_index == 0)
+
+
+def test_descend_finds_the_best_thresholds_by_hand() -> None:
+    confidence = np.array([[0.9, 0.8, 0.7, 0.6], [0.1, 0.2, 0.9, 0.8], [0.0, 0.0, 0.0, 0.0]])
+    loss = np.array([[0.0, 0.0, 5.0, 5.0], [1.0, 1.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0]])
+    thresholds = descend(confidence, loss, (np.inf, np.inf))
+    assert exits_of(confidence, thresholds).tolist() == [0, 0, 1, 2]
+    assert 0.7 < thresholds[0] < 0.8 < thresholds[1] < 0.9
+    assert descend(confidence, loss + np.array([[9], [9], [0]]), (np.inf, np.inf)) == (np.inf, np.inf)
+    assert descend(confidence, loss * 0 + np.array([[0], [1], [2]]), (np.inf, np.inf))[0] == -np.inf
+
+
+def test_unknown_confidence_never_leaves() -> None:
+    confidence = np.array([[-np.inf, 0.5], [0.0, 0.0]])
+    thresholds = descend(confidence, np.array([[0.0, 0.0], [1.0, 1.0]]), (np.inf,))
+    assert exits_of(np.nan_to_num(confidence, neginf=-np.inf), (max(thresholds[0], -1e9),)).tolist() == [1, 0]
+
+
+def test_static_exits_are_in_every_table_where_they_are_good(
+    model: Model, observations: Observations, recordings: list[Recording]
+) -> None:
+    for k, layer in enumerate(model.config.exit_layers):
+        found = outcome(replay(model, observations.recordings, dataclasses.replace(OPTIONS, policy=Fixed(layer))))
+        assert observations.static_wer(k) == pytest.approx(found.wer)
+    best = min(observations.static_wer(k) for k in range(5))
+    assert min(row.wer for row in table(trained("similarity", observations), observations)) <= best
+    assert Row(0.3, 0.5, static_thresholds(1, 6)).is_static
+    assert (
+        exits_of(observations.confidence(Posterior(0.0)), static_thresholds(3, 6)).tolist()
+        == [3] * observations.macs.shape[1]
+    )
+    assert not Row(0.3, 0.5, (0.5, np.inf)).is_static
+
+
+def test_dearer_compute_means_shallower_exits(observations: Observations) -> None:
+    rows = table(trained("posterior", observations), observations)
+    costs = [row.macs_fraction for row in rows]
+    assert costs == sorted(costs)
+    assert len(rows) >= 2
+    assert costs[-1] == 1.0
+    assert rows[0].thresholds[0] == -np.inf
+    solved = solve(
+        observations.confidence(Posterior(0.0)), observations.harm, observations.edits, observations.macs * 1e-9
+    )
+    assert solved[-1] == (np.inf,) * 5
+
+
+def test_thinning_keeps_both_ends_and_the_front() -> None:
+    values = [(0.2, 0.7), (0.3, 0.6), (0.302, 0.59), (0.5, 0.65), (0.7, 0.4), (0.8, 0.45), (0.995, 0.5), (1.0, 0.5)]
+    assert [row.macs_fraction for row in thinned([Row(*pair, ()) for pair in values])] == [0.2, 0.3, 0.7, 0.8, 1.0]
+
+
+def test_choice_of_a_row() -> None:
+    rows = [Row(0.4, 0.30, (0.5,)), Row(0.7, 0.204, (0.8,)), Row(0.9, 0.201, (0.9,)), Row(1.0, 0.2, (np.inf,))]
+    assert choose(rows, 0.2, None, 0.02) == rows[1]
+    assert choose(rows, 0.2, 0.45, 0.02) == rows[0]
+    assert choose(rows, 0.1, None, 0.02) == rows[3]
+
+
+def test_stored_thresholds_are_those_of_the_policy() -> None:
+    row = Row(0.51239, 0.2, (-0.25, np.inf, -np.inf))
+    assert row.stored(Entropy) == {"macs_fraction": 0.5124, "wer": 0.2, "thresholds": [0.25, None, 1.0]}
+    assert Row(0.5, 0.2, (0.25, -np.inf)).native(Posterior) == [0.25, 0.0]
+    assert Row(0.5, 0.2, (1.5, -np.inf)).native(Patience) == [1.5, 0.0]
+
+
+def _evidence(doubt: float) -> Evidence:
+    return Evidence(1 - doubt, 1 - doubt, doubt, doubt, 0.5, 0.0, 0.9, 1 - doubt)
+
+
+def test_gates_learn_what_predicts_harm() -> None:
+    rng = np.random.default_rng(0)
+    doubts = rng.uniform(0.01, 0.6, (3, 1500))
+    harm = (rng.uniform(size=doubts.shape) < doubts).astype(int)
+    harm[-1] = 0
+    evidence = [[_evidence(float(d)) for d in row] for row in doubts]
+    gates, hazards = train_gates(evidence, harm), train_hazards(evidence, harm)
+    assert len(gates.rows) == len(hazards.rows) == 2
+    for k in range(2):
+        assert gates.probability(k, _evidence(0.05)) < 0.15
+        assert gates.probability(k, _evidence(0.5)) == pytest.approx(0.5, abs=0.15)
+        assert hazards.probability(k, _evidence(0.05)) > 0.85
+    rare = train_gates(evidence, np.zeros_like(harm))  # nothing to learn from: a constant
+    assert rare.probability(0, _evidence(0.5)) == rare.probability(0, _evidence(0.01)) < 0.01
+
+
+def test_a_calibrated_model_follows_a_wanted_cost(workers: Workers, recordings: list[Recording]) -> None:
+    stages: list[str] = []
+    found = calibrate(workers, recordings, name="babble", chunks_ms=(640, 320), target=0.6, on_stage=stages.append)
+    found = json.loads(json.dumps(found))
+    assert found["data"] == "babble, 5 utterances, 0.01 h"
+    assert found["default"] in CRITERIA
+    assert "wer_measured" in found[found["default"]]
+    assert list(found["by_chunk_ms"]) == ["320"]
+    assert any("observing" in stage for stage in stages)
+    layers = workers.model.config.exit_layers
+    for chunk_ms in (640, 320):
+        for label in CRITERIA:
+            policy = parse_policy(label, exit_layers=layers, calibration=found, chunk_ms=chunk_ms)
+            assert policy.adjustable
+            settings = [dataclasses.replace(OPTIONS, policy=policy.at(at)) for at in (0.0, 1.0)]
+            costs = [outcome(replay(workers.model, recordings[:2], setting)).macs_fraction for setting in settings]
+            assert costs[0] < 0.4
+            assert costs[1] == 1.0
+
+
+def test_nonsense_is_refused(workers: Workers, recordings: list[Recording]) -> None:
+    with pytest.raises(ConfigError, match="criteria are posterior"):
+        calibrate(workers, recordings, name="x", criteria=["posteriour"])
+    with pytest.raises(ConfigError, match="target"):
+        calibrate(workers, recordings, name="x", target=1.5)
+    with pytest.raises(ConfigError, match="shorter than a frame"):
+        observe(workers, [recordings[2]], 640)
+    with pytest.raises(ConfigError, match="processes"):
+        Workers(workers.model, 0)
+
+
+def test_noise_has_the_level_asked_for(recordings: list[Recording]) -> None:
+    speech = Joined((recordings[0],)).samples()
+    mixed = Mixed(recordings[0], recordings[1], 10.0, start=500).samples()
+    scale = float(speech @ mixed / (speech @ speech))  # as a whole turned down, where it would clip
+    noise = mixed / min(1.0, scale) - speech if scale < 0.99 else mixed - speech
+    assert 10 * np.log10(np.mean(speech**2) / np.mean(noise**2)) == pytest.approx(10.0, abs=0.7)
+    assert np.abs(mixed).max() <= 1.0
+
+
+def test_several_processes_equal_one(model: Model, recordings: list[Recording]) -> None:
+    each = [dataclasses.replace(OPTIONS, policy=RandomDepth(3)) for _ in recordings]
+    alone = replay(model, recordings, each)
+    with Workers(model, 2) as pool:
+        shared = pool.map(replay, recordings, dataclasses.replace(OPTIONS, policy=RandomDepth(3)))
+    assert [(item.text, item.macs, item.exits) for item in shared] == [(i.text, i.macs, i.exits) for i in alone]
+    fixed = replay(model, recordings, dataclasses.replace(OPTIONS, policy=Fixed(2)))
+    assert outcome(fixed).mean_exit == 0
