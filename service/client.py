@@ -127,6 +127,8 @@ class SpeechClient:
             try:
                 for part in audio:
                     yield part_message(part)
+            except GeneratorExit:  # the call has ended, for a reason of its own
+                raise
             except BaseException as error:
                 failures.append(error)
                 raise
