@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 from asr_exit.config import require
 
-DEFAULT_BOOST, LARGEST_BOOST = 2.0, 20.0
+DEFAULT_BOOST, LARGEST_BOOST = 2.0, 9.0  # the beam's pruning relies on pieces that gain no more: beam.LARGEST_GAIN
 
 
 @dataclass(frozen=True, slots=True)
 class PhraseHint:
     """A phrase that is likely to be said. `boost` is added to the log-probability for each of its pieces.
 
-    Raises ConfigError when the boost is not from -20 to 20. Negative ones make the phrase less likely.
+    Raises ConfigError when the boost is not from -9 to 9. Negative ones make the phrase less likely.
     """
 
     phrase: str
@@ -46,7 +46,6 @@ class Match:
     """How far the newest labels match, and what has been won for good."""
 
     node: _Node
-    root: _Node
     kept: float = 0.0  # of phrases that were said in full
     secured: float = 0.0  # part of the node's bonus that stays when the match breaks here: a shorter phrase in full
 
@@ -60,14 +59,9 @@ class Match:
         """What is left when nothing follows: phrases said in full only."""
         return self.kept + (self.node.bonus if self.node.ends_phrase else self.secured)
 
-    @property
-    def continuations(self) -> Iterable[int]:
-        """Labels that would carry the match on."""
-        return self.node.children.keys()
 
-
-class PhraseTrie:
-    """All hints of a stream as one tree of pieces."""
+class PhraseScorer:
+    """All hints of a stream as one tree of pieces; see `asr_exit.scoring.Scorer`."""
 
     def __init__(self, hints: Iterable[tuple[Sequence[int], float]], word_starts: frozenset[int]) -> None:
         """Args:
@@ -84,43 +78,28 @@ class PhraseTrie:
                 node.bonus = max(node.bonus, bonus) if boost > 0 else node.bonus
             node.ends_phrase = node is not self._root
 
-    def begin(self) -> Match:
-        """Nothing said yet."""
-        return Match(self._root, self._root)
+    def initial(self) -> Match:
+        """See `Scorer`."""
+        return Match(self._root)
 
-    def follow(self, match: Match, label: int) -> Match:
-        """The match after one more label."""
+    def advance(self, match: Match, label: int) -> tuple[Match, float]:
+        """See `Scorer`."""
+        after = self._follow(match, label)
+        return after, after.bonus - match.bonus
+
+    def finish(self, match: Match) -> float:
+        """See `Scorer`: what is only begun is taken back."""
+        return match.final_bonus - match.bonus
+
+    def continuations(self, match: Match) -> Iterable[int]:
+        """See `Scorer`: the pieces that would carry a match on."""
+        return match.node.children.keys() if match.node is not self._root else ()
+
+    def _follow(self, match: Match, label: int) -> Match:
         starts_word = label in self._word_starts
         secured = match.node.bonus if match.node.ends_phrase and starts_word else match.secured
         child = match.node.children.get(label)
         if child is not None and match.node is not self._root:
-            return Match(child, self._root, match.kept, secured)
+            return Match(child, match.kept, secured)
         fresh = self._root.children.get(label) if starts_word else None
-        return Match(fresh or self._root, self._root, match.kept + secured)
-
-
-class PhraseScorer:
-    """Hints as an `asr_exit.scoring.Scorer`: a prefix is ranked by its probability times e to the bonus of its match.
-
-    Pieces that would carry a match on are tried even when they are not among the likely ones of a frame.
-    """
-
-    def __init__(self, trie: PhraseTrie) -> None:
-        self._trie = trie
-
-    def initial(self) -> Match:
-        """See `Scorer`."""
-        return self._trie.begin()
-
-    def advance(self, state: Match, piece: int) -> tuple[Match, float]:
-        """See `Scorer`."""
-        after = self._trie.follow(state, piece)
-        return after, after.bonus - state.bonus
-
-    def finish(self, state: Match) -> float:
-        """See `Scorer`: what was lent to a phrase that is not complete."""
-        return state.final_bonus - state.bonus
-
-    def continuations(self, state: Match) -> Iterable[int]:
-        """See `Scorer`."""
-        return state.continuations
+        return Match(fresh or self._root, match.kept + secured)

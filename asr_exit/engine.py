@@ -51,7 +51,8 @@ class Engine:
         deepest = options.policy.deepest(self.config.num_exits)
         cost = self.macs.cost_model(chunk_frames, self.seconds_per_mac)
         budget = DepthBudget(options.budget, cost, self.config.exit_layers, target=options.policy.adjustable)
-        captions = Captions(make_decoder(options, self.model), self.model.pieces, self.config.frame_ms)
+        pieces, tokenizer = self.model.pieces, getattr(self.model, "tokenizer", None)  # devices have no tokenizer
+        captions = Captions(make_decoder(options, pieces, tokenizer), pieces, self.config.frame_ms)
         slot = self.backend.acquire()  # nothing below may fail, or the slot would be lost
         if slot is None:
             raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")
@@ -360,8 +361,6 @@ class Engine:
             stream.cap = self._target(stream)
         for segment in range(1, self.config.num_exits):
             self._run_segment(segment, [s for s in streams if segment <= s.cap and s.failure is None])
-
-    # -- text ---------------------------------------------------------------------------------------------------------
 
     def _result(self, stream: Stream) -> ChunkResult:
         captions, over = stream.captions, stream.is_over

@@ -56,7 +56,7 @@ class Recognizer:
         config, options = self.model.config, self.options
         exit_index = options.policy.max_exit(config.num_exits)
         log_probs = self.log_posteriors(samples, chunk_ms)[exit_index]
-        decoder = make_decoder(options, self.model)
+        decoder = make_decoder(options, self.model.pieces, self.model.tokenizer)
         frames = FrameScores(log_probs.argmax(axis=-1), log_probs.max(axis=-1, initial=-np.inf), log_probs)
         state = decoder.advance(decoder.initial(), frames).settle()
         words = words_from_tokens(state.tokens(), self.model.tokenizer.pieces, config.frame_ms)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from service.audio_input import AudioInput
+from service.audio_input import AudioFormat, AudioInput
 from service.results import Caption, CaptionWord, ChunkDepth
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def local_captions(recognizer: EdgeRecognizer, parts: Iterable[bytes], rate_hz: 
 
     Raises AudioError for audio that cannot be decoded, EngineError when recognition fails.
     """
-    audio = AudioInput("linear16", rate_hz)
+    audio = AudioInput(AudioFormat("linear16", rate_hz))
     recognizer.begin()
     try:
         for part in _until_interrupted(parts):

@@ -143,11 +143,13 @@ def test_int8_stays_near(source: Model, int8: Path) -> None:
         assert (ours.argmax(1) == offline[segment].argmax(1)).mean() > 0.9
 
 
-def test_evidence_is_what_torch_computes(source: Model, edge_model: EdgeModel) -> None:
+@pytest.mark.parametrize("exit_index", [0, 1, 2])
+def test_evidence_is_what_torch_computes(source: Model, edge_model: EdgeModel, exit_index: int) -> None:
     seen: list[list[ExitScores]] = []
+    leaves_here = Similarity((*[None] * exit_index, 0.0, *[None] * (2 - exit_index)))
     for model in (source, edge_model):
         engine, found = Engine(model, slots=1), []
-        stream = engine.open(StreamOptions(policy=Similarity(1.0)))
+        stream = engine.open(StreamOptions(policy=leaves_here))
         engine.push(stream, babble(4.0, 3))
         while engine.ready():
             engine.step()

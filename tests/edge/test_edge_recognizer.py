@@ -42,10 +42,10 @@ def test_nothing_is_loaded_before_audio_and_deep_weights_only_when_needed(edge_m
 
 def test_propagation_loads_a_projection_only_when_a_later_chunk_goes_deep(edge_model: EdgeModel) -> None:
     device = EdgeRecognizer(edge_model, StreamOptions(budget=Budget(max_exit_layer=1), fill=Fill.PROPAGATE))
-    pushed(device, 2.0)
+    device.push(babble(2.0))
     assert edge_model.sessions.loaded == ("segment-0.onnx",)
     device.set_budget(Budget(max_exit_layer=3))
-    pushed(device, 2.0)
+    device.push(babble(2.0))
     wanted = {f"segment-{k}.onnx" for k in (0, 1, 2)} | {f"propagate-{k}.onnx" for k in (1, 2)}
     assert set(edge_model.sessions.loaded) == wanted
 

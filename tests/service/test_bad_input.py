@@ -87,7 +87,7 @@ MISTAKES: dict[str, tuple[list[Request | bytes], str]] = {
     "endpoint rules": ([config_message(endpointing={"rules": [{"min_silence_ms": 9}] * 9})], "at most 8"),
     "utterance length": ([config_message(endpointing={"max_utterance_ms": 10})], "max_utterance_ms must be at least"),
     "hint without letters": ([config_message(phrase_hints=[{"phrases": ["12"]}])], "'12' holds no letter"),
-    "hint boost": ([config_message(phrase_hints=[{"phrases": ["a"], "boost": 99}])], "from -20 to 20"),
+    "hint boost": ([config_message(phrase_hints=[{"phrases": ["a"], "boost": 99}])], "from -9 to 9"),
     "too many hints": ([config_message(phrase_hints=[{"phrases": ["a"] * 501}])], "at most 500 phrases"),
     "channels": ([config_message(audio_channel_count=9)], "9 channels are not supported: use 1 to 8"),
     "channel": ([config_message(audio_channel_count=2, audio_channel=3)], "use 1 to 2"),

@@ -160,7 +160,7 @@ def test_a_flush_brings_a_final_result_at_once(client: SpeechClient) -> None:
 def test_hints_on_the_wire(client: SpeechClient) -> None:
     data = (AUDIO * 32_768).astype("<i2").tobytes()
     plain, hinted = (
-        text_of(list(client.stream(parts(data), StreamSettings(phrases=phrases, boost=12.0))))
+        text_of(list(client.stream(parts(data), StreamSettings(phrases=phrases, boost=9.0))))
         for phrases in ((), ("zebra",))
     )
     assert hinted.split().count("zebra") > plain.split().count("zebra")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 import pytest
 
 from asr_exit.arpa import read_arpa
-from asr_exit.backend import StreamingModel
 from asr_exit.beam import PrefixBeamDecoder
 from asr_exit.ctc import FrameScores, TokenSpan
 from asr_exit.decoders import make_decoder
@@ -176,11 +173,10 @@ def test_several_scorers_add_up(scorer: LanguageModelScorer) -> None:
 
 
 def test_options_choose_the_decoder_and_wrong_ones_are_refused(fusion: LanguageModel) -> None:
-    model = cast(StreamingModel, SimpleNamespace(pieces=PIECES))
-    decoder = make_decoder(StreamOptions(decoder="beam", beam_size=5, language_model=fusion), model)
+    decoder = make_decoder(StreamOptions(decoder="beam", beam_size=5, language_model=fusion), PIECES)
     assert isinstance(decoder, PrefixBeamDecoder)
     assert (decoder.beam_size, isinstance(decoder.scorer, LanguageModelScorer)) == (5, True)
-    assert make_decoder(StreamOptions(decoder="beam"), model).scorer is None
+    assert make_decoder(StreamOptions(decoder="beam"), PIECES).scorer is None
     with pytest.raises(ConfigError, match="decoder='beam'"):
         StreamOptions(language_model=fusion)
     for wrong in ({"weight": -1}, {"word_bonus": 99}, {"unknown_penalty": -1}):
