@@ -69,14 +69,14 @@ class Augment:
                 factor = 1.0 + rng.uniform(-1, 1) * config.freq_warp
                 features[row, :length] = features[row, :length] @ freq_warp(factor, self.features)
         if self.rooms and config.room_probability > 0:
-            for row in np.flatnonzero(rng.random(len(features)) < config.room_probability):
+            for row in np.flatnonzero(rng.random(len(features)) < config.room_probability).tolist():
                 room = self.rooms[int(rng.integers(len(self.rooms)))]
                 features[row, : lengths[row]] = reverberate(features[row, : lengths[row]], room, rng.uniform(0.1, 1.0))
         if config.gain_nepers > 0:
             shift = rng.uniform(-config.gain_nepers, config.gain_nepers, (len(features), 1, 1))
             features += shift.astype(np.float32)
         if self.noise is not None and config.noise_probability > 0:
-            for row in np.flatnonzero(rng.random(len(features)) < config.noise_probability):
+            for row in np.flatnonzero(rng.random(len(features)) < config.noise_probability).tolist():
                 clip = self.noise.clips[int(rng.integers(len(self.noise.clips)))]
                 self._mix(features[row, : lengths[row]], self.noise, clip, rng)
         spec_augment(features, lengths, config, self.mean, rng)
