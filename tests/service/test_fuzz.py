@@ -225,7 +225,8 @@ def test_every_call_ends_with_a_documented_status(fuzzed: BackgroundServer) -> N
         run()
         assert text_of(list(client.stream(parts(SEEDS[0])))) == healthy
     assert all_slots_free(fuzzed)
-    assert min(statuses["OK"], statuses["INVALID_ARGUMENT"]) > 0.05 * sum(statuses.values()), statuses
+    least = 0.05 * sum(statuses.values()) if CASES else 1  # both kinds are reached; shares need many cases
+    assert min(statuses["OK"], statuses["INVALID_ARGUMENT"]) >= least, statuses
     if CASES:
         grown = growth_bytes(fuzzed, kept)
         print(f"{statuses}, memory {grown / 2**20:+.1f} MB over {8 * len(kept)} calls")
