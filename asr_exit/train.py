@@ -27,6 +27,7 @@ from asr_exit.run_folder import RunFolder
 from asr_exit.schedule import Stage, TrainConfig
 from asr_exit.tokenizer import Tokenizer
 from asr_exit.validation import validate
+from asr_exit.warm_start import warm_start
 
 # settings of how long and by how many processes a run is trained; two processes equal one that accumulates two batches
 MAY_CHANGE = ("minutes", "hours", "accumulate", "checkpoint_seconds", "evaluate_seconds", "evaluate_utterances")
@@ -133,6 +134,14 @@ class Trainer:
         """Write ema.safetensors and what made it."""
         self._write_provenance()
         self.folder.export(self.ema)
+
+    def start_from(self, source: Encoder) -> None:
+        """Take the weights of the segments that the first stage runs from another model (`warm_start`).
+
+        Raises ConfigError where the architectures differ.
+        """
+        warm_start(self.model, source, self.config.stages[0].segments)
+        self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     def resume(self) -> None:
         """Continue from state.pt; a fresh start where there is none.

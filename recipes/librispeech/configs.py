@@ -53,6 +53,33 @@ def local() -> TrainConfig:
     )
 
 
+def continued() -> TrainConfig:
+    """More of `local` with `--start-from MODEL`: its first 4 layers go on, 8 fresh ones grow; two views with CR-CTC."""
+    return TrainConfig(
+        name="continued",
+        model=LIBRISPEECH_MODEL,
+        minutes=95.0,
+        stages=(
+            Stage(0.03, 2, 80.0, 17.0, True, 1.5e-3),
+            Stage(0.33, 3, 80.0, 17.0, True, 1.8e-3),
+            Stage(1.0, 6, 80.0, 17.0, True, 1.8e-3),
+        ),
+        decay_from=0.5,
+        shallow_probability=0.25,
+        random_depth_probability=0.2,
+        consistency_weight=0.2,
+        corpus_shares=(("speechocean762", 0.6), ("synthetic", 0.4), ("an4", 0.5)),
+        augment=AugmentConfig(
+            freq_warp=0.12,
+            time_warp=0.15,
+            noise_probability=0.15,
+            time_masks_per_second=0.8,
+            time_mask_frames=30,
+            time_masked_share=0.35,
+        ),
+    )
+
+
 def clean100() -> TrainConfig:
     """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
     return TrainConfig(name="clean100", model=LIBRISPEECH_MODEL, hours=3000.0, stages=_grown(0.05, 0.15))
@@ -73,4 +100,6 @@ def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[
     )
 
 
-CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {f.__name__: f for f in (tiny, mini5, local, clean100, full960)}
+CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
+    f.__name__: f for f in (tiny, mini5, local, continued, clean100, full960)
+}

@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--accumulate", type=int, help="batches per update and process")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--start-from", type=Path, help="model file whose first segments the run starts from")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's state.pt")
     options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
@@ -92,13 +93,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         made = provenance(config, given, options.threads, group.size)
         before = options.out / "provenance.json"
-        sittings = json.loads(before.read_text())["sittings"] if options.resume and before.is_file() else []
-        made = {"config": config.name, "seed": config.seed, "sittings": [*sittings, made]}
+        earlier = json.loads(before.read_text()) if options.resume and before.is_file() else {}
+        made = {"config": config.name, "seed": config.seed, "sittings": [*earlier.get("sittings", []), made]}
+        if "started_from" in earlier:
+            made["started_from"] = earlier["started_from"]
+        source = None
+        if options.start_from is not None:
+            from asr_exit.checkpoint import load  # needs safetensors, which training alone does not
+
+            source = load(options.start_from)
+            made["started_from"] = source.provenance
+            if source.tokenizer.proto != (options.data / "tokenizer.model").read_bytes():
+                sys.exit(
+                    "train: --start-from: the model's tokenizer is not the data's; prepare with --tokenizer-of MODEL"
+                )
         trainer = Trainer(config, options.data, options.out, provenance=made, group=group)
         if options.resume:
             trainer.resume()
         elif (options.out / "state.pt").exists():
             sys.exit(f"train: {options.out} holds a run already; add --resume or choose another --out")
+        elif source is not None:
+            trainer.start_from(source.encoder)
         trainer.run()
     except AsrExitError as error:
         sys.exit(f"train: {error}")
