@@ -19,6 +19,7 @@ from asr_exit.edge.sessions import GraphSessions
 from asr_exit.errors import EngineError
 from asr_exit.evidence import NUM_COLUMNS, ExitScores, unpack
 from asr_exit.features import log_mels, windows_to_log_mel
+from asr_exit.stream import Fill
 
 MASKED = np.float32(-30_000.0)  # as in asr_exit.attention: exact zero after softmax
 EMPTY = -1
@@ -52,6 +53,14 @@ class EdgeModel:
     @property
     def calibration(self) -> Mapping[str, Any]:
         return self.manifest.calibration
+
+    def load(self, segments: int, fill: Fill) -> None:
+        """Read the graphs of the first `segments` segments now, with what `fill` needs to skip them."""
+        graphs = self.manifest.segments[:segments]
+        if fill is Fill.PROPAGATE:
+            graphs = [*graphs, *filter(None, self.manifest.propagate[1:segments])]
+        for graph in graphs:
+            self.sessions.load(graph)
 
     def backend(self, slots: int, device: Any = "cpu") -> EdgeBackend:
         """Streaming state for `slots` streams. `device` is the CPU, whatever is passed."""
@@ -92,7 +101,7 @@ class _StreamState:
     """One stream's memory."""
 
     segments: list[_SegmentState]
-    tails: list[np.ndarray]  # per subsampling stage (channels, bands), its last input frame
+    tails: list[np.ndarray]  # per subsampling stage (1, channels, 1, bands), its last input frame
 
 
 class EdgeBackend:
@@ -210,10 +219,10 @@ class EdgeBackend:
         return self._rotary[1]
 
 
-def tail_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """(channels, bands) of the one-frame state that each subsampling stage carries, without its leading batch."""
+def tail_shapes(config: ModelConfig) -> list[tuple[int, int, int, int]]:
+    """(1, channels, 1, bands) of the one-frame state that each subsampling stage carries."""
     shapes, channels, bands = [], 1, config.features.num_mels
     for _ in range(config.subsampling.bit_length() - 1):
-        shapes.append((channels, bands))
+        shapes.append((1, channels, 1, bands))
         channels, bands = config.subsampling_channels, (bands + 1) // 2
     return shapes

@@ -109,11 +109,11 @@ class StemGraph(nn.Module):
         conv: Tensor,
         tails: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """features (F, num_mels), normalised; tails: per stage (channels, bands). Returns those of `SegmentGraph`, then
-        the new tails."""
-        x, new_tails = self.subsampling(features[None], [tail[None, :, None] for tail in tails])
+        """features (F, num_mels), normalised; tails: per stage (1, channels, 1, bands). Returns those of
+        `SegmentGraph`, then the new tails."""
+        x, new_tails = self.subsampling(features[None], tails)
         outputs = self.first(x[0], cos, sin, mask, keys, values, conv)
-        return *outputs, *(tail[0, :, 0] for tail in new_tails)
+        return *outputs, *new_tails
 
 
 class PropagateGraph(_Part):

@@ -16,7 +16,7 @@ from asr_exit.config import ModelConfig, from_mapping
 from asr_exit.cost import SegmentMacs
 from asr_exit.errors import CheckpointError, ConfigError
 
-FORMAT = "asr-exit-edge/1"
+FORMAT = "asr-exit-edge/2"
 NAME = "manifest.json"
 
 

@@ -19,9 +19,10 @@ from asr_exit.load_control import LoadController, LoadSignal
 from asr_exit.stream import ChunkResult, Fill, StepOutput, Stream, StreamOptions
 from asr_exit.transcript import Transcript, transcribe
 
-_WARM_UP_CHUNKS, _MEASURED_CHUNKS = 3, 15
-_PUSHES_PER_CHUNK = 8  # audio callbacks are short
-_HEADROOM = 1.05  # a minute is rougher than the moment in which this is measured
+_WARM_UP_CHUNKS, _MEASURED_CHUNKS = 3, 40
+_PUSHES_PER_CHUNK = 32  # audio callbacks are short
+_HEADROOM = 1.15  # real speech writes text, and a minute is rougher than the moment in which this is measured
+_WORTH_LOADING = 0.1  # of the chunks: what a budget of time lets go deeper less often is not loaded at all
 
 
 class EdgeRecognizer:
@@ -76,10 +77,7 @@ class EdgeRecognizer:
         """
         if self._stream is not None:
             raise StreamStateError("a stream is open; call finish() or close() before the next one")
-        options = options or self.options
-        if options.budget.real_time_factor is not None:
-            self._measure(options)
-        self._stream = self.engine.open(options)
+        self._stream = self.engine.open(self._granted(options or self.options))
 
     def push(self, samples: np.ndarray) -> list[ChunkResult]:
         """Take (N,) float32 samples at the model's rate, any N; returns the results of the chunks that are complete.
@@ -112,10 +110,7 @@ class EdgeRecognizer:
         """A whole recording, (N,) float32 at the model's rate. Errors as in `begin` and `push`."""
         if self._stream is not None:
             raise StreamStateError("a stream is open; call finish() or close() before the next one")
-        options = options or self.options
-        if options.budget.real_time_factor is not None:
-            self._measure(options)
-        return transcribe(self.engine, samples, options)
+        return transcribe(self.engine, samples, self._granted(options or self.options))
 
     def set_budget(self, budget: Budget) -> None:
         """Change the budget of the open stream from its next chunk on, and of those after it.
@@ -124,12 +119,11 @@ class EdgeRecognizer:
             ConfigError: it cannot be met; the message says what the least possible is.
         """
         options = replace(self.options, budget=budget)
-        if budget.real_time_factor is not None:
-            self._measure(options)
+        granted = self._granted(options)
         if self._stream is not None:
-            self.engine.set_budget(self._stream, budget)
+            self.engine.set_budget(self._stream, granted.budget)
         else:
-            self.engine.close(self.engine.open(options))  # refuses now what the next stream could not meet
+            self.engine.close(self.engine.open(granted))  # refuses now what the next stream could not meet
         self.options = options
 
     def least_real_time_factor(self, options: StreamOptions | None = None) -> float:
@@ -162,6 +156,24 @@ class EdgeRecognizer:
 
     def _apply_load(self) -> None:
         self.engine.set_load_ceiling(min(self._load.ceiling, self._device.ceiling(self._costs)))
+
+    def _granted(self, options: StreamOptions) -> StreamOptions:
+        """What a stream with `options` runs with. Under a budget of time, graphs are loaded here, not between two
+        chunks, and exits that the budget allows too seldom to be worth loading stay closed."""
+        budget, config = options.budget, self.model.config
+        if budget.real_time_factor is None:
+            return options
+        first = self._measure(options)
+        share = budget.real_time_factor * options.chunk_ms / 1000 / first
+        frames = config.chunk_frames(options.chunk_ms)
+        costs = [self.model.macs.to_exit(index, frames) for index in range(config.num_exits)]
+        deepest = max(
+            i for i, cost in enumerate(costs) if i == 0 or share >= 1 + _WORTH_LOADING * (cost / costs[0] - 1)
+        )
+        layer = max(config.exit_layers[deepest], budget.min_exit_layer or 0)
+        layer = min(layer, budget.max_exit_layer or layer)
+        self.model.load(sum(exit_layer <= layer for exit_layer in config.exit_layers), options.fill)
+        return replace(options, budget=replace(budget, max_exit_layer=layer))
 
     def _measure(self, options: StreamOptions) -> float:
         """Seconds for a chunk that leaves at the first exit, with everything around it; the cost model follows.

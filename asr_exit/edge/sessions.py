@@ -42,11 +42,14 @@ class GraphSessions:
         Raises:
             CheckpointError: the graph's file is missing, damaged, or not what the manifest describes.
         """
-        session, names = self._sessions.get(graph.file) or self._load(graph)
+        session, names = self.load(graph)
         wanted = [name for name in names if name not in skip] if skip else names
         return dict(zip(wanted, session.run(wanted, feeds), strict=True))
 
-    def _load(self, graph: GraphFile) -> tuple[onnxruntime.InferenceSession, list[str]]:
+    def load(self, graph: GraphFile) -> tuple[onnxruntime.InferenceSession, list[str]]:
+        """Session and names of outputs; from the disk where it is not in memory yet. Errors as in `run`."""
+        if (known := self._sessions.get(graph.file)) is not None:
+            return known
         path = self._folder / graph.file
         try:
             found = digest(path)

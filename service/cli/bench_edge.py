@@ -55,7 +55,7 @@ def run_edge(arguments: argparse.Namespace) -> int:
     Engine(device_model, slots=1).open(granted)  # an impossible budget is refused here, not after the timing
     model, _ = load_model(arguments)
     samples, turns = sample_audio(), turns_of(arguments.seconds, chunk_ms)
-    with progress_bar("timing", turns + WARM_UP_TURNS) as advance:
+    with progress_bar("timing", bench.bursts(turns) + WARM_UP_TURNS) as advance:
         rows = bench.measure_exits(
             {"torch": model, "edge": device_model},
             samples,
