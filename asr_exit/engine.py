@@ -18,6 +18,7 @@ import numpy as np
 from asr_exit.backend import StreamingModel
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
+from asr_exit.decide import going_on
 from asr_exit.decoders import make_decoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
 from asr_exit.evidence import with_beam_share
@@ -147,7 +148,7 @@ class Engine:
             if not live:
                 break
             self._run_segment(segment, live)
-            live = [stream for stream in live if stream.failure is None and self._goes_on(stream, segment)]
+            live = going_on([stream for stream in live if stream.failure is None], segment)
         moved = [stream for stream in served if stream.current is not None and stream.failure is None]
         self._fill_skipped(moved)
         for stream in moved:
@@ -247,12 +248,13 @@ class Engine:
         cost = self.macs.segment(segment, frames, with_head=read)
         if scores is not None and beams:
             scores = [with_beam_share(item, beams) for item in scores]
+        finite = np.isfinite([item.max_log_prob for item in scores or ()]).all(axis=-1)
         for row, (stream, chunk) in enumerate(members):
             chunk.state, chunk.exit_index = states[row], segment
             stream.step_macs += cost
             if scores is not None:
                 chunk.scores = scores[row]
-                if not np.isfinite(scores[row].frames.max_log_prob).all():
+                if not finite[row]:
                     stream.failure = EngineError(f"the encoder returned values that are not finite at exit {segment}")
             if segment >= self._target(stream):
                 chunk.settled = True
@@ -262,27 +264,6 @@ class Engine:
     def _target(self, stream: Stream) -> int:
         """Exit after which a chunk's text cannot be revised any more."""
         return min(stream.deepest, stream.budget.max_exit)
-
-    def _goes_on(self, stream: Stream, segment: int) -> bool:
-        """Whether the current chunk enters the next segment; records the reason if not."""
-        assert stream.current is not None
-        if segment >= stream.cap:
-            stream.reason = stream.cap_reason
-            return False
-        policy = stream.policy
-        if segment < stream.floor:
-            return True
-        evidence = None
-        if policy.needs_evidence:
-            assert stream.current.scores is not None
-            evidence = stream.current.scores.evidence
-        backlog_full = (
-            stream.options.fill is Fill.CATCH_UP and stream.waiting(segment + 1) > stream.options.catch_up_cap_chunks
-        )
-        if policy.stop(segment, evidence) and not backlog_full:
-            stream.reason = Reason.CONFIDENT
-            return False
-        return True
 
     # -- layers that a chunk skipped ----------------------------------------------------------------------------------
 

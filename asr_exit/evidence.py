@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import accumulate, pairwise, repeat
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,17 +20,30 @@ from asr_exit.policy import Evidence
 if TYPE_CHECKING:
     from torch import Tensor
 
+AGREEMENT = 5  # its place in `Evidence.numbers`
 NUM_COLUMNS = 6  # numbers per chunk that `summarise` leaves for `unpack`
 UNJUDGED = Evidence(math.nan, math.nan, math.nan, math.nan, math.nan)  # stops no chunk
 
 
-@dataclass(frozen=True)
-class ExitScores:
+class ExitScores(NamedTuple):
     """One chunk's answer at one exit, on the host."""
 
-    frames: FrameScores
+    ids: np.ndarray  # (T,) as in `FrameScores`, like the next two
+    max_log_prob: np.ndarray
+    log_probs: np.ndarray | None
     evidence: Evidence
     text: bytes = b""  # its collapsed labels, for comparison; only where there is evidence
+
+    @property
+    def frames(self) -> FrameScores:
+        return FrameScores(
+            self.ids, self.max_log_prob, self.log_probs
+        )  # made when asked for: most exits are only judged
+
+    @property
+    def known(self) -> ExitScores | None:
+        """These scores, if there is evidence in them."""
+        return None if self.evidence is UNJUDGED else self
 
 
 def score(
@@ -56,46 +69,65 @@ def score(
 
     log_probs = logits.float().log_softmax(dim=-1)
     top, ids = _best(log_probs)
-    columns = [top, ids.to(top.dtype)]
+    columns = [top, ids]
     if want_evidence:
         columns.append(torch.linalg.vecdot(log_probs.exp(), log_probs))
-        columns.append(torch.full_like(top, math.nan) if before is None else _cosine(before, after))
-    if want_log_probs:
-        columns.append(log_probs.flatten(1))
-    packed = torch.cat(columns, dim=1).cpu().numpy()
-    batch, frames, vocab = logits.shape
-    tops, labels = packed[:, :frames], packed[:, frames : 2 * frames].astype(np.int64)
-    tables = packed[:, -frames * vocab :].reshape(batch, frames, vocab) if want_log_probs else None
-    scores = [FrameScores(labels[i], tops[i], None if tables is None else tables[i]) for i in range(batch)]
+        if before is not None:
+            columns += [torch.linalg.vecdot(before, after)]
+            columns += [torch.linalg.vector_norm(x, dim=-1) for x in (before, after)]
+    columns += [log_probs] if want_log_probs else []
+    tops, labels, *numbers = _to_host(columns)
+    tables = list(numbers.pop()) if want_log_probs else [None] * len(tops)
+    rows = list(labels), list(tops), tables
     if not want_evidence:
-        return [ExitScores(item, UNJUDGED) for item in scores]
-    negative_entropy, similarity = packed[:, 2 * frames : 4 * frames].reshape(batch, 2, frames).swapaxes(0, 1)
-    summaries = _summaries(tops, labels, negative_entropy / -math.log(vocab), similarity)
+        return list(map(ExitScores, *rows, repeat(UNJUDGED)))
+    negative_entropy, *products = numbers
+    texts, known = _texts(labels), [item and item.known for item in previous]
+    seen = _summaries(tops, labels, negative_entropy, logits.shape[-1], products)
+    seen[:, AGREEMENT] = [_agreement(text, item) for text, item in zip(texts, known, strict=True)]
+    evidence = map(Evidence.of_row, seen, [item and item.evidence for item in known])
+    return list(map(ExitScores, *rows, evidence, texts))
+
+
+def _to_host(columns: Sequence[Tensor]) -> list[np.ndarray]:
+    """(B, ...) tensors, from another device in one transfer. The second holds labels, the others are of one type."""
+    import torch
+
+    if columns[0].is_cpu:
+        return [column.numpy() for column in columns]
+    flat = [column.flatten(1).to(columns[0].dtype) for column in columns]
+    packed = torch.cat(flat, dim=1).cpu().numpy()
+    ends = np.cumsum([column.shape[1] for column in flat])[:-1]
+    found = [part.reshape(column.shape) for part, column in zip(np.split(packed, ends, axis=1), columns, strict=True)]
+    found[1] = found[1].astype(np.int64)
+    return found
+
+
+def _texts(labels: np.ndarray) -> list[bytes]:
+    """(B, T) labels -> per stream the bytes of its collapsed ones."""
     keep = labels != BLANK
     keep[:, 1:] &= labels[:, 1:] != labels[:, :-1]
-    results: list[ExitScores] = []
-    for i, earlier in enumerate(previous):
-        text = labels[i, keep[i]].tobytes()
-        results.append(ExitScores(scores[i], _evidence(summaries[i], text, earlier), text))
-    return results
+    kept, width = labels[keep].tobytes(), labels.itemsize
+    ends = accumulate(np.add.reduce(keep, axis=1).tolist(), initial=0)
+    return [kept[start * width : end * width] for start, end in pairwise(ends)]
 
 
 def unpack(row: np.ndarray, num_frames: int, earlier: ExitScores | None, log_probs: np.ndarray | None) -> ExitScores:
     """One chunk's numbers as a graph leaves them: summary (or nothing), (T,) best pieces, (T,) log-posteriors."""
     first = len(row) - 2 * num_frames
     best, top = row[first : first + num_frames].astype(np.int64), row[first + num_frames :]
-    scores = FrameScores(best, top, log_probs)
     if not first:
-        return ExitScores(scores, UNJUDGED)
-    text = collapse(best).tobytes()
-    return ExitScores(scores, _evidence([*row[:first].tolist(), math.exp(top.min())], text, earlier), text)
+        return ExitScores(best, top, log_probs, UNJUDGED)
+    text, known = collapse(best).tobytes(), earlier and earlier.known
+    numbers = np.array([*row[: first - 1], _agreement(text, known), row[first - 1], math.exp(top.min())], np.float64)
+    return ExitScores(best, top, log_probs, Evidence.of_row(numbers, known and known.evidence), text)
 
 
 def with_beam_share(scores: ExitScores, beams: int) -> ExitScores:
     """`scores`, which hold log-posteriors, with `Evidence.beam_share` of so many prefix beams over the chunk alone."""
     decoder = PrefixBeamDecoder(beam_size=beams, top_tokens=beams)
     share = decoder.advance(decoder.initial(), scores.frames).confidence
-    return replace(scores, evidence=replace(scores.evidence, beam_share=share))
+    return scores._replace(evidence=Evidence.of_row(scores.evidence.numbers, scores.evidence.previous, share))
 
 
 def summarise(log_probs: Tensor, top: Tensor, ids: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -132,50 +164,40 @@ def _best(log_probs: Tensor) -> tuple[Tensor, Tensor]:
     return log_probs.max(dim=-1)
 
 
-def _cosine(before: Tensor, after: Tensor) -> Tensor:
-    """(B, T, D) twice -> (B, T)."""
-    import torch
-
-    squares = torch.linalg.vecdot(before, before) * torch.linalg.vecdot(after, after)
-    return torch.linalg.vecdot(before, after) * squares.clamp(min=1e-16).rsqrt()
-
-
 def _summaries(
-    log_posterior: np.ndarray, labels: np.ndarray, entropy: np.ndarray, similarity: np.ndarray
-) -> list[list[float]]:
-    """All (B, T) -> per stream the numbers that `_evidence` reads, in its order."""
-    posterior, spoken = np.exp(log_posterior), labels != BLANK
-    blank_mass = 1.0 - spoken.mean(axis=1)
-    judged = spoken | (blank_mass == 1.0)[:, None]
-    weight = judged / judged.sum(axis=1, keepdims=True)
-    columns = (
-        (posterior * weight).sum(axis=1),
-        posterior.mean(axis=1),
-        (entropy * weight).sum(axis=1),
-        entropy.mean(axis=1),
-        blank_mass,
-        similarity.mean(axis=1),
-        posterior.min(axis=1),
-    )
-    return np.array(columns).T.tolist()
+    log_posterior: np.ndarray,
+    labels: np.ndarray,
+    negative_entropy: np.ndarray,
+    vocab: int,
+    products: Sequence[np.ndarray],
+) -> np.ndarray:
+    """All (B, T) -> (B, 8) `Evidence.numbers`, the agreement still missing.
+
+    `products`: of hidden states before and after, and the norms of either; nothing = similarity is not a number.
+    Ufuncs and few of them, because calls are what takes time here.
+    """
+    batch, frames = labels.shape
+    values = np.empty((2, batch, frames), np.float32)
+    np.exp(log_posterior, out=values[0])
+    np.divide(negative_entropy, -math.log(vocab), out=values[1])
+    spoken = labels != BLANK
+    count = np.add.reduce(spoken, axis=1, keepdims=True)
+    judged = spoken | (count == 0)
+    weight = judged / np.add.reduce(judged, axis=1, keepdims=True)
+    seen = np.empty((batch, 8))
+    np.add.reduce(values * weight, axis=2, out=seen[:, 0:4:2].T)
+    np.divide(np.add.reduce(values, axis=2), frames, out=seen[:, 1:4:2].T)
+    np.subtract(1.0, count[:, 0] / frames, out=seen[:, 4])
+    seen[:, 6] = math.nan
+    if products:
+        product, norm_before, norm_after = products
+        np.divide(np.add.reduce(product / np.maximum(norm_before * norm_after, 1e-8), axis=1), frames, out=seen[:, 6])
+    np.minimum.reduce(values[0], axis=1, out=seen[:, 7])
+    return seen
 
 
-def _evidence(summary: list[float], text: bytes, earlier: ExitScores | None) -> Evidence:
-    posterior, posterior_all, entropy, entropy_all, blank_mass, similarity, lowest = summary
-    agreement, previous = 0.0, None
-    if earlier is not None and earlier.evidence is not UNJUDGED:
-        agreement, previous = float(text == earlier.text), earlier.evidence
-    return Evidence(
-        posterior,
-        posterior_all,
-        entropy,
-        entropy_all,
-        blank_mass,
-        agreement,
-        similarity,
-        lowest,
-        previous=previous,
-    )
+def _agreement(text: bytes, earlier: ExitScores | None) -> float:
+    return 0.0 if earlier is None or text != earlier.text else 1.0
 
 
 def collapse(ids: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ def train_gates(evidence: Sequence[Sequence[Evidence]], harm: np.ndarray) -> Exi
     """
     return ExitWeights(
         tuple(
-            _fit(_matrix(evidence[k]), harm[k] > 0, np.maximum(1.0, np.abs(harm[k]))) for k in range(len(evidence) - 1)
+            _fit(features(evidence[k]), harm[k] > 0, np.maximum(1.0, np.abs(harm[k]))) for k in range(len(evidence) - 1)
         )
     )
 
@@ -36,13 +36,9 @@ def train_hazards(evidence: Sequence[Sequence[Evidence]], harm: np.ndarray) -> E
     for k in range(len(evidence) - 1):
         good = harm[k] <= 0
         fitting = waiting if min((good & waiting).sum(), (~good & waiting).sum()) >= FEWEST else np.ones_like(waiting)
-        rows.append(_fit(_matrix(evidence[k])[fitting], good[fitting], np.ones(int(fitting.sum()))))
+        rows.append(_fit(features(evidence[k])[fitting], good[fitting], np.ones(int(fitting.sum()))))
         waiting &= ~good
     return ExitWeights(tuple(rows))
-
-
-def _matrix(evidence: Sequence[Evidence]) -> np.ndarray:
-    return np.array([features(item) for item in evidence])
 
 
 def _fit(x: np.ndarray, wanted: np.ndarray, weight: np.ndarray) -> tuple[float, ...]:

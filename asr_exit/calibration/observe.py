@@ -101,7 +101,7 @@ class Observations:
     def confidence(self, criterion: Criterion) -> np.ndarray:
         """(E, N) what `criterion` measures; negated where low is sure, so that larger is surer. NaN = never sure."""
         sign = -1.0 if criterion.low_is_sure else 1.0
-        values = [[criterion.measure(k, e) for e in row] for k, row in enumerate(self.evidence)]
+        values = [criterion.measures(k, row) for k, row in enumerate(self.evidence)]
         return np.nan_to_num(sign * np.array(values), nan=-np.inf)
 
     def wer(self, exits: np.ndarray) -> float:

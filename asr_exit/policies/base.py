@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol, Self, TypeGuard
+
+import numpy as np
 
 
 class Reason(StrEnum):
@@ -18,7 +19,9 @@ class Reason(StrEnum):
     FINAL = "final"  # the end of the utterance or stream was drained at full depth
 
 
-@dataclass(frozen=True, slots=True)
+_NO_MEMO: tuple[object, int, float] = None, -1, math.nan
+
+
 class Evidence:
     """What one exit knows about one chunk of one stream. Frames whose most likely label is blank are blank frames.
 
@@ -34,20 +37,69 @@ class Evidence:
         lowest_posterior: smallest over all frames of the largest posterior.
         beam_share: share of the best of K prefix beams in the probability of all K; only for a policy that asks.
         previous: what the exit before said about the same chunk; None at the first exit.
+        memo: what `QExit` computed from all this, so that the next exit need not again: (weights, exit index, value).
 
-    A value that is not a number never stops a chunk.
+    A value that is not a number never stops a chunk. All but the last three stand in `numbers`, in this order: a row of
+    the array that was computed for the whole batch, so that one object per stream and exit costs little.
     """
 
-    max_posterior: float
-    max_posterior_all: float
-    entropy: float
-    entropy_all: float
-    blank_mass: float
-    agreement: float = 0.0
-    similarity: float = 0.0
-    lowest_posterior: float = math.nan
-    beam_share: float = math.nan
-    previous: Evidence | None = None
+    __slots__ = ("beam_share", "memo", "numbers", "previous")
+
+    def __init__(
+        self,
+        max_posterior: float,
+        max_posterior_all: float,
+        entropy: float,
+        entropy_all: float,
+        blank_mass: float,
+        agreement: float = 0.0,
+        similarity: float = 0.0,
+        lowest_posterior: float = math.nan,
+        beam_share: float = math.nan,
+        previous: Evidence | None = None,
+    ) -> None:
+        numbers = (max_posterior, max_posterior_all, entropy, entropy_all, blank_mass, agreement, similarity)
+        self.numbers = np.array((*numbers, lowest_posterior))
+        self.beam_share, self.previous, self.memo = beam_share, previous, _NO_MEMO
+
+    @classmethod
+    def of_row(cls, numbers: np.ndarray, previous: Evidence | None, beam_share: float = math.nan) -> Evidence:
+        """From (8,) float64 in the order of the attributes."""
+        made = cls.__new__(cls)
+        made.numbers, made.previous, made.beam_share, made.memo = numbers, previous, beam_share, _NO_MEMO
+        return made
+
+    @property
+    def max_posterior(self) -> float:
+        return self.numbers.item(0)
+
+    @property
+    def max_posterior_all(self) -> float:
+        return self.numbers.item(1)
+
+    @property
+    def entropy(self) -> float:
+        return self.numbers.item(2)
+
+    @property
+    def entropy_all(self) -> float:
+        return self.numbers.item(3)
+
+    @property
+    def blank_mass(self) -> float:
+        return self.numbers.item(4)
+
+    @property
+    def agreement(self) -> float:
+        return self.numbers.item(5)
+
+    @property
+    def similarity(self) -> float:
+        return self.numbers.item(6)
+
+    @property
+    def lowest_posterior(self) -> float:
+        return self.numbers.item(7)
 
 
 class ExitPolicy(Protocol):

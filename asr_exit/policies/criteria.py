@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
@@ -66,11 +67,18 @@ class Criterion(ExitPolicy):
         """The number that is held against the threshold; not a number = unknown, which never stops."""
         raise NotImplementedError
 
+    def measures(self, exit_index: int, evidence: Sequence[Evidence]) -> list[float]:
+        """`measure` of many chunks."""
+        return [self.measure(exit_index, item) for item in evidence]
+
     def stop(self, exit_index: int, evidence: Evidence | None) -> bool:
+        return evidence is not None and self.is_sure(exit_index, self.measure(exit_index, evidence))
+
+    def is_sure(self, exit_index: int, value: float) -> bool:
+        """Whether a chunk with this `measure` leaves."""
         threshold = self.threshold_at(exit_index)
-        if threshold is None or evidence is None:
+        if threshold is None:
             return False
-        value = self.measure(exit_index, evidence)
         return value <= threshold if self.low_is_sure else value >= threshold
 
 

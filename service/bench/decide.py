@@ -15,7 +15,7 @@ from asr_exit.checkpoint import Model
 from asr_exit.engine import Engine
 from asr_exit.evidence import ExitScores, score, with_beam_share
 from asr_exit.policies.learned import FEATURES, ExitWeights
-from asr_exit.policy import CRITERIA, Criterion, Full, Gate, QExit, default_criterion
+from asr_exit.policy import CRITERIA, Criterion, Full, Gate, QExit, default_criterion, stops
 from asr_exit.stream import StreamOptions
 from service.bench.streams import looped
 
@@ -93,8 +93,7 @@ def _decide(policy: Criterion, logits: torch.Tensor, hidden: torch.Tensor, num_e
         scores = score(logits, before, hidden[1], previous, want_log_probs=policy.beams > 0)
         if policy.beams:
             scores = [with_beam_share(item, policy.beams) for item in scores]
-        for item in scores:
-            policy.stop(exit_index, item.evidence)
+        stops(exit_index, [policy] * len(scores), [item.evidence for item in scores])
         previous = list(scores)
 
 

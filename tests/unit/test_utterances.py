@@ -28,7 +28,9 @@ NEVER = StreamOptions(endpoint_silence_ms=0, max_utterance_ms=10**6)
 def captions_of(*labels: int, settled: bool = True, confidence: float = 0.98) -> Captions:
     captions = Captions(GreedyDecoder(), PIECES, FRAME_MS)
     frames = peaked(list(labels), vocab=len(PIECES), confidence=confidence)
-    captions.add(Chunk(0, 0, len(labels), None, 0, ExitScores(frames, UNJUDGED), settled))  # type: ignore[arg-type]
+    captions.add(
+        Chunk(0, 0, len(labels), None, 0, ExitScores(frames.ids, frames.max_log_prob, None, UNJUDGED), settled)
+    )  # type: ignore[arg-type]
     return captions
 
 
@@ -75,7 +77,7 @@ def test_silence_counts_from_the_last_word_or_the_last_final() -> None:
     captions.take_final()
     assert (captions.has_words, captions.silence_ms(), captions.utterance_ms()) == (False, 0, 0)
     silence = peaked([0, 0, 0], vocab=len(PIECES))
-    captions.add(Chunk(1, 4, 3, None, 0, ExitScores(silence, UNJUDGED), True))  # type: ignore[arg-type]
+    captions.add(Chunk(1, 4, 3, None, 0, ExitScores(silence.ids, silence.max_log_prob, None, UNJUDGED), True))  # type: ignore[arg-type]
     assert (captions.has_words, captions.silence_ms(), captions.utterance_ms()) == (False, 240, 240)
     assert captions.at_endpoint(rule)
     assert not captions.at_endpoint((EndpointRule(240),))
