@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import jiwer
@@ -81,10 +81,7 @@ def bootstrap_interval(
     each = [word_errors(reference, hypothesis) for reference, hypothesis in zip(references, hypotheses, strict=True)]
     errors = np.array([item.errors for item in each], dtype=np.float64)
     words = np.array([item.words for item in each], dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(each), size=(resamples, len(each)))
-    rates = errors[picks].sum(axis=1) / np.maximum(words[picks].sum(axis=1), 1.0)
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return bootstrap((errors, words), _rate, level=level, resamples=resamples, seed=seed)
 
 
 def bootstrap_reduction(
@@ -113,11 +110,53 @@ def bootstrap_reduction(
     )
     if errors[:, 0].sum() == 0:
         raise ConfigError("there is no error to reduce")
-    picks = np.random.default_rng(seed).integers(0, len(errors), size=(resamples, len(errors)))
-    sums = errors[picks].sum(axis=1)
-    reductions = 1.0 - sums[:, 1] / np.maximum(sums[:, 0], 1.0)
-    low, high = np.quantile(reductions, [(1 - level) / 2, (1 + level) / 2])
-    return float(1.0 - errors[:, 1].sum() / errors[:, 0].sum()), float(low), float(high)
+    low, high = bootstrap(
+        errors.T, lambda old, new: 1.0 - new / np.maximum(old, 1.0), level=level, resamples=resamples, seed=seed
+    )
+    return float(1.0 - errors[:, 1].sum() / errors[:, 0].sum()), low, high
+
+
+def bootstrap_difference(
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    words: np.ndarray,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Word error rate of one setting minus that of another, from (N,) errors and words of the same utterances.
+
+    Returns:
+        (difference, low, high): a low above 0 means that `theirs` is better at `level`.
+    """
+    more = ours - theirs
+    low, high = bootstrap((more, words), _rate, level=level, resamples=resamples, seed=seed)
+    return float(more.sum() / max(1.0, words.sum())), low, high
+
+
+def bootstrap(
+    columns: Iterable[np.ndarray],
+    statistic: Callable[..., np.ndarray],
+    *,
+    level: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic of sums, resampling utterances: all columns in pairs.
+
+    Args:
+        columns: (N,) each, one number per utterance. statistic: takes their sums, (resamples,) each.
+    """
+    columns = list(columns)
+    picks = np.random.default_rng(seed).integers(0, len(columns[0]), size=(resamples, len(columns[0])))
+    values = statistic(*(column[picks].sum(axis=1) for column in columns))
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _rate(errors: np.ndarray, words: np.ndarray) -> np.ndarray:
+    return errors / np.maximum(words, 1.0)
 
 
 def _check_paired(references: Sequence[str], hypotheses: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from asr_exit.calibration.replay import Outcome, Replay, outcome
+from asr_exit.metrics import bootstrap_difference
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -93,10 +94,7 @@ class Difference:
 
 def difference(ours: np.ndarray, theirs: np.ndarray, words: np.ndarray, seed: int = 0) -> Difference:
     """Paired bootstrap over recordings of (sum of `ours` - sum of `theirs`) / sum of `words`, all (R,)."""
-    picks = np.random.default_rng(seed).integers(0, len(words), size=(RESAMPLES, len(words)))
-    rates = (ours - theirs)[picks].sum(axis=1) / np.maximum(words[picks].sum(axis=1), 1.0)
-    low, high = np.quantile(rates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Difference(float((ours - theirs).sum() / max(1.0, words.sum())), float(low), float(high))
+    return Difference(*bootstrap_difference(ours, theirs, words, level=LEVEL, resamples=RESAMPLES, seed=seed))
 
 
 def worst_window(replays: Sequence[Replay], asked: float, window_seconds: float = 30.0) -> float:

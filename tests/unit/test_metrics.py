@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from asr_exit.errors import ConfigError
-from asr_exit.metrics import WordErrors, bootstrap_interval, bootstrap_reduction, wer, word_errors
+from asr_exit.metrics import (
+    WordErrors,
+    bootstrap_difference,
+    bootstrap_interval,
+    bootstrap_reduction,
+    wer,
+    word_errors,
+)
 
 
 def test_hand_worked_example() -> None:
@@ -65,3 +73,13 @@ def test_bootstrap_reduction_is_paired() -> None:
         bootstrap_reduction(references, references, after)
     with pytest.raises(ConfigError, match="references"):
         bootstrap_reduction(references, before[:3], after)
+
+
+def test_bootstrap_difference_is_paired() -> None:
+    rng = np.random.default_rng(0)
+    theirs, words = rng.poisson(3, 300).astype(float), np.full(300, 10.0)
+    found, low, high = bootstrap_difference(theirs + 1, theirs, words)  # always one error more
+    assert (found, low, high) == pytest.approx((0.1, 0.1, 0.1))
+    found, low, high = bootstrap_difference(rng.permutation(theirs), theirs, words)
+    assert found == pytest.approx(0.0)
+    assert low < 0 < high
