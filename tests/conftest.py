@@ -60,6 +60,13 @@ def babble(seconds: float, seed: int = 0) -> np.ndarray:
     return (0.05 * envelope * (tones + rng.standard_normal(n))).astype(np.float32)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: tests that share costly fixtures stay in one process."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder in ("edge", "recipes") else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def model() -> Model:
     return random_model()
