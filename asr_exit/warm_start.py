@@ -36,7 +36,7 @@ def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
         _copy(own, other.state_dict())
         if own.gain is None:
             _divide_branches(own, gain)
-            gain = 1.0 if other.gain is None else float(other.gain)
+            gain = 1.0 if other.gain is None else other.gain.item()
 
 
 def _copy(segment: Segment, state: Mapping[str, Any]) -> None:

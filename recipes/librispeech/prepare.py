@@ -1,7 +1,8 @@
 """Recordings and transcripts in, feature shards, tokenizer and statistics out.
 
     python -m recipes.librispeech.prepare --librispeech DIR --subsets train-clean-5 --dev dev-clean --out DATA \\
-        [--download] [--manifest corpus/manifest.tsv ...] [--text sentences.txt.xz --synthetic-hours 3] [--noise DIR]
+        [--download] [--manifest corpus/manifest.tsv ...] [--text sentences.txt.xz --synthetic-hours 3] [--noise DIR] \\
+        [--tokenizer-of model.safetensors]
 
 writes DATA/{train,dev,noise}/*.npy + *.json, DATA/tokenizer.model and, last, DATA/data.json.
 """
@@ -29,6 +30,7 @@ from recipes.librispeech.rooms import room_envelopes
 from recipes.librispeech.shards import SHARD_FRAMES, ShardJob, ShardReport, pack, write_atomically
 from recipes.librispeech.synthesize import synthesize
 
+VOCAB_SIZE = 256
 SPEEDS = (0.9, 1.0, 1.1)
 SHARD_SECONDS = SHARD_FRAMES * 0.01 * min(SPEEDS)  # so that the slowest copy still fits
 
@@ -112,12 +114,16 @@ def prepare(
     dev: Sequence[Corpus] = (),
     noise: Sequence[Corpus] = (),
     *,
-    vocab_size: int = 256,
+    vocab_size: int = VOCAB_SIZE,
+    tokenizer: Tokenizer | None = None,
     speeds: Sequence[float] = SPEEDS,
     rooms: Path | None = None,
     processes: int = 2,
 ) -> dict[str, object]:
     """Pack everything under `out`. Returns the content of data.json, which is written last.
+
+    Args:
+        tokenizer: to use instead of training one of `vocab_size` on the transcripts.
 
     Raises:
         ConfigError: `speeds` lacks 1.0, or there is nothing to train on.
@@ -139,7 +145,8 @@ def prepare(
     with ProcessPoolExecutor(processes) as pool:
         reports = list(pool.map(pack, jobs))
     in_split = {split: [r for r, j in zip(reports, jobs, strict=True) if j.out_dir.name == split] for split in splits}
-    tokenizer = Tokenizer.train((u.text for corpus in train for u in corpus.utterances), vocab_size)
+    if tokenizer is None:
+        tokenizer = Tokenizer.train((u.text for corpus in train for u in corpus.utterances), vocab_size)
     write_atomically(out / "tokenizer.model", tokenizer.proto)
     mean, std = statistics(in_split["train"])
     description: dict[str, object] = {
@@ -174,10 +181,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--noise", type=Path, help="folder with noise recordings")
     parser.add_argument("--rooms", type=Path, help="folder with room impulse responses")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vocab-size", type=int, default=256)
+    pieces = parser.add_mutually_exclusive_group()
+    pieces.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="pieces of a tokenizer of this data")
+    pieces.add_argument("--tokenizer-of", type=Path, metavar="MODEL", help="model file whose tokenizer to take instead")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     try:
+        tokenizer = None
+        if options.tokenizer_of is not None:
+            from asr_exit.checkpoint import load  # needs safetensors, which preparing alone does not
+
+            tokenizer = load(options.tokenizer_of).tokenizer
         train = [read_manifest(path) for path in options.manifest]
         dev: list[Corpus] = []
         if options.librispeech:
@@ -207,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dev,
             noise,
             vocab_size=options.vocab_size,
+            tokenizer=tokenizer,
             rooms=options.rooms,
             processes=options.processes,
         )

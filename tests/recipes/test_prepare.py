@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from asr_exit.checkpoint import save_model
 from asr_exit.config import FeatureConfig
 from asr_exit.data import FeatureStore
+from asr_exit.encoder import Encoder
 from asr_exit.errors import ConfigError
 from asr_exit.features import log_mel
+from asr_exit.tokenizer import Tokenizer
 from asr_exit.train import Trainer
 from recipes.librispeech.configs import tiny
 from recipes.librispeech.corpora import read_librispeech, read_manifest
@@ -96,6 +100,21 @@ def test_shards_without_an_index_are_invisible(speech: Path, tmp_path: Path) -> 
     np.save(tmp_path / "train" / "sine-0001-x100.npy", np.zeros((7, 80), np.float16))
     (tmp_path / "train" / ".sine-0002-x100.json.99.tmp").write_text("{")
     assert len(FeatureStore(tmp_path / "train").clips) == before
+
+
+def test_the_tokenizer_of_a_model(speech: Path, tmp_path: Path) -> None:
+    taken = Tokenizer.train(SENTENCES, 30)
+    config = replace(tiny().model, vocab_size=30)
+    save_model(tmp_path / "model.safetensors", config, Encoder(config).state_dict(), taken)
+    sources = ["--librispeech", str(speech), "--subsets", "sine", "--out", str(tmp_path / "data"), "--processes", "1"]
+    main([*sources, "--tokenizer-of", str(tmp_path / "model.safetensors")])
+    assert (tmp_path / "data" / "tokenizer.model").read_bytes() == taken.proto
+    assert json.loads((tmp_path / "data" / "data.json").read_text())["vocab_size"] == 30
+    with pytest.raises(SystemExit, match=r"no model file at .*elsewhere"):  # before anything is packed
+        main([*sources, "--out", str(tmp_path / "other"), "--tokenizer-of", str(tmp_path / "elsewhere")])
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(SystemExit):
+        main([*sources, "--tokenizer-of", str(tmp_path / "model.safetensors"), "--vocab-size", "40"])
 
 
 def test_nothing_usable_says_what_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,53 @@
+"""Training that starts from a model file: it knows what the model knew, and says where it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from asr_exit.checkpoint import load, save_model
+from asr_exit.tokenizer import Tokenizer
+from recipes.librispeech import bundle, train
+
+
+@pytest.fixture(scope="module")
+def model_file(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("start") / "model.safetensors"
+    bundle.main(["--run", str(tiny_run), "--out", str(path)])
+    return path
+
+
+def arguments(data: Path, out: Path, hours: float) -> list[str]:
+    return ["--data", str(data), "--out", str(out), "--config", "tiny", "--hours", str(hours), "--threads", "1"]
+
+
+def first_exit_errors(run: Path) -> float:
+    """Word error rate of the first exit at the end of the run."""
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "done"
+    return float(last["wer"][0])
+
+
+def test_a_run_starts_from_a_model_and_keeps_its_origin(data: Path, model_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.main([*arguments(data, run, 0.02), "--start-from", str(model_file)])
+    origin = json.loads((run / "provenance.json").read_text())["started_from"]
+    assert origin == json.loads(json.dumps(dict(load(model_file).provenance)))
+    assert origin["config"] == "tiny"
+    train.main([*arguments(data, run, 0.03), "--resume"])
+    made = json.loads((run / "provenance.json").read_text())
+    assert made["started_from"] == origin
+    assert len(made["sittings"]) == 2
+    train.main(arguments(data, tmp_path / "fresh", 0.02))
+    assert "started_from" not in json.loads((tmp_path / "fresh" / "provenance.json").read_text())
+    assert first_exit_errors(run) < 0.5 < first_exit_errors(tmp_path / "fresh")
+
+
+def test_another_tokenizer_is_refused(data: Path, model_file: Path, tmp_path: Path) -> None:
+    model = load(model_file)
+    other = Tokenizer.train(["SOMETHING ELSE ENTIRELY", "OTHER WORDS GIVE OTHER PIECES"], 28)
+    save_model(tmp_path / "other.safetensors", model.config, model.encoder.state_dict(), other)
+    with pytest.raises(SystemExit, match="--tokenizer-of"):
+        train.main([*arguments(data, tmp_path / "run", 0.02), "--start-from", str(tmp_path / "other.safetensors")])

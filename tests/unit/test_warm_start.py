@@ -1,0 +1,85 @@
+"""Starting from another model: what is copied computes the same, and what does not fit is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from asr_exit.config import ModelConfig
+from asr_exit.encoder import Encoder
+from asr_exit.errors import ConfigError
+from asr_exit.warm_start import warm_start
+
+SMALL = ModelConfig(
+    vocab_size=24, d_model=32, ff_dim=64, num_heads=2, num_layers=8, subsampling=4, subsampling_channels=4
+)
+WITH_GAIN = replace(SMALL, handover_gain=True)
+
+
+def random_encoder(config: ModelConfig, seed: int) -> Encoder:
+    """Every weight drawn, those included that start at zero or one."""
+    torch.manual_seed(seed)
+    encoder = Encoder(config).eval()
+    with torch.no_grad():
+        for name, weight in encoder.named_parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+            if name.endswith("gain"):
+                weight.uniform_(0.3, 3.0)
+    return encoder
+
+
+@torch.no_grad()
+def logits(encoder: Encoder, segments: int) -> list[torch.Tensor]:
+    features = torch.randn(2, 96, SMALL.features.num_mels, generator=torch.Generator().manual_seed(9))
+    lengths = torch.tensor([96, 80])
+    return encoder(features, lengths, chunk_frames=4, num_segments=segments).logits
+
+
+@pytest.mark.parametrize(
+    ("source", "ours", "segments"),
+    [
+        (WITH_GAIN, replace(SMALL, num_layers=12), 4),  # folded; our model goes deeper
+        (WITH_GAIN, replace(SMALL, num_layers=4), 2),  # folded; our last segment has no feedback
+        (WITH_GAIN, replace(WITH_GAIN, num_layers=12), 3),  # gains stay gains
+        (SMALL, SMALL, 4),
+    ],
+)
+def test_copied_segments_say_the_same(source: ModelConfig, ours: ModelConfig, segments: int) -> None:
+    theirs, encoder = random_encoder(source, 0), random_encoder(ours, 1)
+    fresh = {name: value.clone() for name, value in encoder.state_dict().items()}
+    assert not torch.allclose(logits(encoder, 1)[0], logits(theirs, 1)[0], atol=0.1)
+    warm_start(encoder, theirs, segments)
+    for at, expected in zip(logits(encoder, segments), logits(theirs, segments), strict=True):
+        torch.testing.assert_close(at, expected, atol=1e-4, rtol=0)
+    deeper = [name for name in fresh if name.startswith("segments.") and int(name.split(".")[1]) >= segments]
+    for name in deeper:
+        torch.testing.assert_close(encoder.state_dict()[name], fresh[name], atol=0, rtol=0)
+
+
+def test_gains_matter_and_are_really_folded() -> None:
+    theirs, encoder = random_encoder(WITH_GAIN, 0), random_encoder(SMALL, 1)
+    warm_start(encoder, theirs, 4)
+    for segment in theirs.segments[:-1]:
+        assert segment.gain is not None
+        segment.gain.data.fill_(1.0)
+    assert not torch.allclose(logits(encoder, 2)[1], logits(theirs, 2)[1], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("source", "ours", "segments", "message"),
+    [
+        (replace(SMALL, d_model=16), SMALL, 1, "another architecture"),
+        (replace(SMALL, vocab_size=30), SMALL, 1, "another architecture"),
+        (replace(SMALL, head_hidden=(8, 0, 0, 0)), SMALL, 1, "another architecture"),
+        (replace(SMALL, num_layers=4), SMALL, 3, "runs 3 segments, the model to start from has 2"),
+        (SMALL, WITH_GAIN, 2, "set handover_gain to false"),
+    ],
+)
+def test_what_does_not_fit_is_refused(source: ModelConfig, ours: ModelConfig, segments: int, message: str) -> None:
+    encoder = Encoder(ours)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    with pytest.raises(ConfigError, match=message):
+        warm_start(encoder, Encoder(source), segments)
+    torch.testing.assert_close(encoder.state_dict(), before, atol=0, rtol=0)
