@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -60,11 +62,19 @@ def babble(seconds: float, seed: int = 0) -> np.ndarray:
     return (0.05 * envelope * (tones + rng.standard_normal(n))).astype(np.float32)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: tests that share costly fixtures stay in one process."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder in ("edge", "recipes") else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """For `pytest -n 2`: tests of one file, or of a folder that shares costly fixtures, stay in one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFileOrFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.split("::")[0])
+            if path.parent.name == "edge" or path.stem == "test_export":  # they export models
+                return "edge"
+            return "recipes" if path.parent.name == "recipes" else str(path)
+
+    return ByFileOrFolder(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -136,6 +136,7 @@ def test_damage_is_an_audio_error_or_goes_unnoticed(name: str) -> None:
         ("OGG", encoded("OGG", "OPUS")[:60], "within a page"),
         ("OGG", encoded("OGG", "OPUS")[:-1], "within a page"),
     ],
+    ids=["flac", "not flac", "flac header", "not ogg", "vorbis", "opus header", "opus cut"],  # encoded bytes differ
 )
 def test_other_things_are_named(name: str, data: bytes, says: str | None) -> None:
     with pytest.raises(AudioError, match=says):
