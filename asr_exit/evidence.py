@@ -36,9 +36,8 @@ class ExitScores(NamedTuple):
 
     @property
     def frames(self) -> FrameScores:
-        return FrameScores(
-            self.ids, self.max_log_prob, self.log_probs
-        )  # made when asked for: most exits are only judged
+        """Made when asked for: most exits are only judged."""
+        return FrameScores(self.ids, self.max_log_prob, self.log_probs)
 
     @property
     def known(self) -> ExitScores | None:
@@ -73,8 +72,8 @@ def score(
     if want_evidence:
         columns.append(torch.linalg.vecdot(log_probs.exp(), log_probs))
         if before is not None:
-            columns += [torch.linalg.vecdot(before, after)]
-            columns += [torch.linalg.vector_norm(x, dim=-1) for x in (before, after)]
+            states = before.float(), after.float()
+            columns += [torch.linalg.vecdot(*states), *(torch.linalg.vector_norm(x, dim=-1) for x in states)]
     columns += [log_probs] if want_log_probs else []
     tops, labels, *numbers = _to_host(columns)
     tables = list(numbers.pop()) if want_log_probs else [None] * len(tops)

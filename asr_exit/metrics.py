@@ -148,9 +148,9 @@ def bootstrap(
     Args:
         columns: (N,) each, one number per utterance. statistic: takes their sums, (resamples,) each.
     """
-    columns = list(columns)
-    picks = np.random.default_rng(seed).integers(0, len(columns[0]), size=(resamples, len(columns[0])))
-    values = statistic(*(column[picks].sum(axis=1) for column in columns))
+    arrays = list(columns)
+    picks = np.random.default_rng(seed).integers(0, len(arrays[0]), size=(resamples, len(arrays[0])))
+    values = statistic(*(array[picks].sum(axis=1) for array in arrays))
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -35,7 +35,6 @@ FEATURES = (
     "agreement_before",
 )
 
-
 # Where the features stand in `Evidence.numbers` of this exit, followed by those of the exit before.
 _SOURCE = (0, 1, 7, 2, 3, 4, 5, 6, 8 + 0, 8 + 1, 8 + 7, 8 + 5)
 _DOUBTED = np.array(["doubt" in name or name == "dissimilarity" for name in FEATURES])  # one minus the evidence

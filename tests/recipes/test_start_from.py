@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from asr_exit.checkpoint import load, save_model
+from asr_exit.encoder import Encoder
 from asr_exit.tokenizer import Tokenizer
 from recipes.librispeech import bundle, train
+from recipes.librispeech.configs import tiny
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,9 @@ def test_a_run_starts_from_a_model_and_keeps_its_origin(data: Path, model_file: 
     assert first_exit_errors(run) < 0.5 < first_exit_errors(tmp_path / "fresh")
 
 
-def test_another_tokenizer_is_refused(data: Path, model_file: Path, tmp_path: Path) -> None:
-    model = load(model_file)
-    other = Tokenizer.train(["SOMETHING ELSE ENTIRELY", "OTHER WORDS GIVE OTHER PIECES"], 28)
-    save_model(tmp_path / "other.safetensors", model.config, model.encoder.state_dict(), other)
+def test_another_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
+    config, other = tiny().model, Tokenizer.train(["something else entirely", "other words give other pieces"], 40)
+    save_model(tmp_path / "other.safetensors", config, Encoder(config).state_dict(), other)
     with pytest.raises(SystemExit, match="--tokenizer-of"):
         train.main([*arguments(data, tmp_path / "run", 0.02), "--start-from", str(tmp_path / "other.safetensors")])
+    assert not (tmp_path / "run").exists()

@@ -169,6 +169,18 @@ def test_evidence_is_that_of_every_stream_alone(frames: int) -> None:
     assert set(agreements) == {0.0, 1.0}  # silent ones agree
 
 
+def test_evidence_of_a_model_in_reduced_precision() -> None:
+    torch.manual_seed(0)
+    logits, (before, after) = 4 * torch.randn(3, 4, 16), torch.randn(2, 3, 4, 8)
+    exact = score(logits, before, after, [None] * 3, want_log_probs=False)
+    reduced = score(logits.bfloat16(), before.bfloat16(), after.bfloat16(), [None] * 3, want_log_probs=True)
+    for ours, theirs in zip(reduced, exact, strict=True):
+        assert ours.frames.log_probs is not None
+        assert ours.frames.log_probs.dtype == ours.max_log_prob.dtype == np.float32
+        assert ours.evidence.similarity == pytest.approx(theirs.evidence.similarity, abs=0.01)
+        assert ours.evidence.entropy_all == pytest.approx(theirs.evidence.entropy_all, abs=0.03)
+
+
 def test_thresholds_alone_decide_who_is_sure() -> None:
     low: Criterion = Gate((0.2, None), weights=ExitWeights(()))
     assert [low.is_sure(0, value) for value in (0.1, 0.2, 0.3, math.nan)] == [True, True, False, False]
