@@ -248,7 +248,7 @@ class Engine:
         cost = self.macs.segment(segment, frames, with_head=read)
         if scores is not None and beams:
             scores = [with_beam_share(item, beams) for item in scores]
-        finite = np.isfinite([item.max_log_prob for item in scores or ()]).all(axis=-1)
+        finite = np.isfinite(np.array([item.max_log_prob for item in scores or ()])).all(axis=-1)
         for row, (stream, chunk) in enumerate(members):
             chunk.state, chunk.exit_index = states[row], segment
             stream.step_macs += cost

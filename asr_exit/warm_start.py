@@ -23,8 +23,8 @@ def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
         ConfigError: the two differ in more than depth and hand-over.
     """
     ours, theirs = encoder.config, source.config
-    changed = {"num_layers": ours.num_layers, "handover_gain": ours.handover_gain, "head_hidden": ours.head_hidden}
-    if replace(theirs, **changed) != ours or theirs.head_hidden[:segments] != ours.head_hidden[:segments]:
+    alike = replace(theirs, num_layers=ours.num_layers, handover_gain=ours.handover_gain, head_hidden=ours.head_hidden)
+    if alike != ours or theirs.head_hidden[:segments] != ours.head_hidden[:segments]:
         raise ConfigError("the model to start from has another architecture; only its number of layers may differ")
     if segments > theirs.num_exits:
         raise ConfigError(f"the first stage runs {segments} segments, the model to start from has {theirs.num_exits}")

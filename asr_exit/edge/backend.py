@@ -56,9 +56,9 @@ class EdgeModel:
 
     def load(self, segments: int, fill: Fill) -> None:
         """Read the graphs of the first `segments` segments now, with what `fill` needs to skip them."""
-        graphs = self.manifest.segments[:segments]
+        graphs = [*self.manifest.segments[:segments]]
         if fill is Fill.PROPAGATE:
-            graphs = [*graphs, *filter(None, self.manifest.propagate[1:segments])]
+            graphs += filter(None, self.manifest.propagate[1:segments])
         for graph in graphs:
             self.sessions.load(graph)
 
