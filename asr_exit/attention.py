@@ -21,6 +21,9 @@ class KeyValueStore(Protocol):
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, T, H, E) keys and values of this chunk; return (B, S, H, E) ones of every frame held."""
 
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Only store them."""
+
 
 @dataclass(frozen=True)
 class FrameContext:
@@ -132,4 +135,4 @@ class SelfAttention(nn.Module):
         batch, frames, d_model = x.shape
         kv = F.linear(x, self.qkv.weight[d_model:], self.qkv.bias[d_model:])
         k, v = kv.view(batch, frames, 2, self.num_heads, self.head_dim).unbind(2)
-        store.update(rotate(k, context.cos, context.sin), v)
+        store.write(rotate(k, context.cos, context.sin), v)

@@ -21,8 +21,8 @@ State = Any  # (T, D) of one chunk, in the backend's own array type
 class Backend(Protocol):
     """Streaming state in slots, and the parts of the encoder that read and advance it.
 
-    Every method that takes `slots` (B,) treats one chunk of each of these streams, all of the same length. No slot may
-    stand there twice.
+    Every method that takes `slots` (B,) treats one chunk of each of these streams, `frames` (B,) long: the last chunk of
+    a stream is shorter than the others, and still goes with them. No slot may stand there twice.
     """
 
     @property
@@ -38,7 +38,7 @@ class Backend(Protocol):
     def log_mel(self, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-mel features (F, num_mels) of what `StreamingLogMel.take` gave of each stream."""
 
-    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: int) -> list[State]:
+    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray) -> list[State]:
         """Log-mel features, per stream (F, num_mels) with F <= frames * subsampling -> states of T = `frames`."""
 
     def run(
@@ -46,7 +46,7 @@ class Backend(Protocol):
         segment: int,
         slots: np.ndarray,
         states: Sequence[State],
-        frames: int,
+        frames: np.ndarray,
         chunk_frames: int,
         previous: Sequence[ExitScores | None],
         *,
@@ -58,18 +58,16 @@ class Backend(Protocol):
         """One segment: the states for the next one, and what its exit says if `read`.
 
         Args:
-            chunk_frames: chunk grid of the streams; `frames` is less only for the last chunk of a stream.
+            chunk_frames: chunk grid of the streams; `frames` is less for the last chunk of a stream and around a flush.
             previous: per stream what the exit read before said about this chunk, or None.
             want_similarity: a policy looks at `Evidence.similarity`; else it may be anything.
         """
 
-    def propagate(
-        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[State]], frames: int, chunk_frames: int
-    ) -> None:
+    def propagate(self, segment: int, slots: np.ndarray, states: Sequence[Sequence[State]], frames: np.ndarray) -> None:
         """Fill one skipped segment from the hidden states of the exits taken: per stream those of its chunks in a row,
         T = `frames` in all."""
 
-    def leave_hole(self, segment: int, slots: np.ndarray, frames: int) -> None:
+    def leave_hole(self, segment: int, slots: np.ndarray, frames: np.ndarray) -> None:
         """Advance one segment's clocks and remember nothing of the frames skipped."""
 
     def seconds_per_mac(self) -> float | None:

@@ -31,39 +31,63 @@ class LayerCache:
     positions: np.ndarray  # (S, W) absolute frame that each ring cell holds, EMPTY = none
     clock: np.ndarray  # (S,) next absolute frame this layer will consume
 
-    def advance(self, slots: np.ndarray, frames: int, hole: bool = False) -> np.ndarray:
-        """Move the clocks of (B,) different slots over `frames` frames and claim ring cells; returns (B * T,) cells."""
+    def advance(self, slots: np.ndarray, frames: np.ndarray, hole: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Move the clocks of (B,) different slots over `frames` (B,) frames each and claim ring cells.
+
+        Returns the cells and the positions of these frames, both (N,) with N = sum of `frames`, stream after stream.
+        """
         window = self.positions.shape[1]
-        positions = self.clock[slots][:, None] + np.arange(frames)
+        rows = np.repeat(slots, frames)
+        before = np.repeat(frames.cumsum() - frames - self.clock[slots], frames)
+        positions = np.arange(len(rows)) - before
         cells = positions % window
-        self.positions[slots[:, None], cells] = EMPTY if hole else positions
+        self.positions[rows, cells] = EMPTY if hole else positions
         self.clock[slots] += frames
-        return (slots[:, None] * window + cells).ravel()
+        return rows * window + cells, positions
+
+
+@dataclass(frozen=True)
+class BatchIndex:
+    """Where the frames of one batch belong."""
+
+    slots: Tensor  # (B,)
+    cells: Tensor  # (N,) ring cells of the real frames, stream after stream
+    real: Tensor | None = None  # (N,) places of the real frames among B * T; None: all are real
+    ends: Tensor | None = None  # (B,) frames of each row of what `set_conv` gets; None: all
 
 
 class LayerView:
     """One layer's cache as the streams of one batch see it (an `asr_exit.conformer.LayerState`)."""
 
-    def __init__(self, cache: LayerCache, slots: Tensor, cells: Tensor) -> None:
-        self._cache, self._slots, self._cells = cache, slots, cells
+    def __init__(self, cache: LayerCache, index: BatchIndex) -> None:
+        self._cache, self._index = cache, index
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Write (B, T, H, E) keys and values in place, but for frames that are padding."""
+        for cache, new in ((self._cache.keys, keys), (self._cache.values, values)):
+            rows = new.flatten(0, 1)
+            rows = rows if self._index.real is None else rows.index_select(0, self._index.real)
+            cache.flatten(0, 1).index_copy_(0, self._index.cells, rows)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, T, H, E) keys and values in place; return (B, W, H, E) of everything held."""
-        cache = self._cache
-        cache.keys.flatten(0, 1).index_copy_(0, self._cells, keys.flatten(0, 1))
-        cache.values.flatten(0, 1).index_copy_(0, self._cells, values.flatten(0, 1))
-        return cache.keys.index_select(0, self._slots), cache.values.index_select(0, self._slots)
+        """`write`, and return (B, W, H, E) of everything held."""
+        self.write(keys, values)
+        slots = self._index.slots
+        return self._cache.keys.index_select(0, slots), self._cache.values.index_select(0, slots)
 
     def conv_left(self) -> Tensor:
         """(B, h, D)."""
-        return self._cache.conv.index_select(0, self._slots)
+        return self._cache.conv.index_select(0, self._index.slots)
 
     def set_conv(self, gated: Tensor) -> None:
-        """Keep the last h frames of (B, T, D), after those held before when T < h."""
-        halo = self._cache.conv.shape[1]
-        if gated.shape[1] < halo:
+        """Keep the last h frames of (B, T, D), padding aside, after those held before where a row has fewer."""
+        halo, ends = self._cache.conv.shape[1], self._index.ends
+        if gated.shape[1] < halo or ends is not None:
             gated = torch.cat((self.conv_left(), gated), dim=1)
-        self._cache.conv.index_copy_(0, self._slots, gated[:, gated.shape[1] - halo :])
+        if ends is not None:
+            places = ends[:, None] + torch.arange(halo, device=ends.device)
+            gated = gated[torch.arange(len(ends), device=ends.device)[:, None], places]
+        self._cache.conv.index_copy_(0, self._index.slots, gated[:, gated.shape[1] - halo :])
 
 
 class CachePool:
@@ -100,7 +124,7 @@ class CachePool:
         ]
         self.tails = [poisoned(slots, channels, 1, bands) for channels, bands in tail_shapes]
         self.free = list(range(slots - 1, -1, -1))
-        self._shared: tuple[tuple[int, int], np.ndarray, np.ndarray, FrameContext] | None = None  # of the last `begin`
+        self._shared: tuple[tuple[np.ndarray, ...], FrameContext] | None = None  # of the last `begin`
 
     def acquire(self) -> int | None:
         """Take a free slot and clear it; None when all are taken. Unwritten cells are 0: they are masked anyway."""
@@ -135,39 +159,68 @@ class CachePool:
         return new
 
     def begin(
-        self, segment: int, slots: np.ndarray, frames: int, chunk_frames: int
+        self, segment: int, slots: np.ndarray, frames: np.ndarray, chunk_frames: int
     ) -> tuple[FrameContext, list[LayerView]]:
-        """Advance one segment's clocks over a chunk of (B,) slots; returns what its layers need to run or propagate.
+        """Advance one segment's clocks over a chunk of (B,) slots, `frames` (B,) long; returns what its layers need.
 
-        Every chunk starts on its own chunk grid, so all its frames see the same keys and the mask is (B, 1, 1, W).
+        The layers get (B, T, D) with T the longest chunk; shorter ones are padded behind. Every chunk starts on its own
+        chunk grid, so all its frames see the same keys and the mask is (B, 1, 1, W).
         """
         caches = self.segments[segment]
         start = caches[0].clock[slots]
-        cells = [cache.advance(slots, frames) for cache in caches]
-        slot_index = torch.from_numpy(slots).to(self.device)
-        cell_index = torch.from_numpy(cells[0]).to(self.device)
+        cells = [cache.advance(slots, frames)[0] for cache in caches]
+        longest = int(frames.max())
+        index = BatchIndex(self._tensor(slots), self._tensor(cells[0]))
+        if frames.min() < longest:
+            real = np.flatnonzero(np.arange(longest) < frames[:, None])
+            index = BatchIndex(index.slots, index.cells, self._tensor(real), self._tensor(frames))
         context = self._context(start, caches[0].positions[slots], frames, chunk_frames)
-        return context, [LayerView(cache, slot_index, cell_index) for cache in caches]
+        return context, [LayerView(cache, index) for cache in caches]
 
-    def _context(self, start: np.ndarray, held: np.ndarray, frames: int, chunk_frames: int) -> FrameContext:
+    def begin_filling(
+        self, segment: int, slots: np.ndarray, frames: np.ndarray
+    ) -> tuple[FrameContext, list[LayerView], np.ndarray]:
+        """`begin` for skipped frames: the layers get all of them in a row, (1, N, D), and the last of each stream.
+
+        Returns also where those lie: (B, h) places among N, padded behind where a stream skipped fewer than h frames.
+        """
+        caches = self.segments[segment]
+        claimed = [cache.advance(slots, frames) for cache in caches]
+        cells, positions = claimed[0]
+        halo = max(1, caches[0].conv.shape[1])
+        kept, ends = np.minimum(frames, halo), frames.cumsum()
+        last = np.minimum((ends - kept)[:, None] + np.arange(kept.max()), ends[:, None] - 1)
+        short = kept.min() < kept.max()
+        index = BatchIndex(self._tensor(slots), self._tensor(cells), ends=self._tensor(kept) if short else None)
+        cos, sin = self._rotary(torch.from_numpy(positions)[None])
+        return FrameContext(cos, sin, None, None), [LayerView(cache, index) for cache in caches], last
+
+    def _context(self, start: np.ndarray, held: np.ndarray, frames: np.ndarray, chunk_frames: int) -> FrameContext:
         """For chunks from frames `start` (B,) on over ring cells `held` (B, W); deeper segments mostly ask the same."""
-        sizes, last = (frames, chunk_frames), self._shared
-        if last is None or last[0] != sizes or not np.array_equal(last[1], start) or not np.array_equal(last[2], held):
-            query = torch.from_numpy(start[:, None] + np.arange(frames))
+        asked, last = (np.array(chunk_frames), frames, start, held), self._shared
+        if last is None or not all(map(np.array_equal, last[0], asked)):
+            steps = np.arange(frames.max())
+            query = torch.from_numpy(start[:, None] + steps)
             keys = torch.from_numpy(held)
             mask = additive(visible(query[:, :1], keys, chunk_frames, self.config.left_context_frames), self.dtype)
-            cos, sin = rotary(query, self.config.d_model // self.config.num_heads, self.dtype)
-            context = FrameContext(cos.to(self.device), sin.to(self.device), mask.to(self.device), chunk_frames)
-            last = self._shared = (sizes, start, held, context)
-        return last[3]
+            real = steps < frames[:, None]
+            valid = None if real.all() else self._tensor(real)[..., None].to(self.dtype)
+            last = self._shared = asked, FrameContext(*self._rotary(query), mask.to(self.device), chunk_frames, valid)
+        return last[1]
 
-    def leave_hole(self, segment: int, slots: np.ndarray, frames: int) -> None:
-        """Advance one segment's clocks and remember nothing of the frames skipped."""
-        slot_index = torch.from_numpy(slots).to(self.device)
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary(positions, self.config.d_model // self.config.num_heads, self.dtype)
+        return cos.to(self.device), sin.to(self.device)
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    def leave_hole(self, segment: int, slots: np.ndarray, frames: np.ndarray) -> None:
+        """Advance one segment's clocks over `frames` (B,) frames and remember nothing of them."""
         for cache in self.segments[segment]:
-            cache.advance(slots, frames, hole=True)
-            zeros = cache.conv.new_zeros(len(slots), frames, cache.conv.shape[2])
-            LayerView(cache, slot_index, slot_index).set_conv(zeros)
+            cells, _ = cache.advance(slots, frames, hole=True)
+            index = BatchIndex(self._tensor(slots), self._tensor(cells), ends=self._tensor(frames))
+            LayerView(cache, index).set_conv(cache.conv.new_zeros(len(slots), int(frames.max()), cache.conv.shape[2]))
 
     def check_frontier(self, slots: np.ndarray) -> None:
         """Raise RuntimeError if a clock of one of (B,) slots increases with depth."""

@@ -87,10 +87,15 @@ class ConformerBlock(nn.Module):
         x = x + branch(self.conv(gated, left, context.chunk_frames))
         return x + branch(self.ff_out(x), 0.5)
 
-    def propagate(self, x: Tensor, context: FrameContext, state: LayerState) -> None:
-        """Advance the streaming state over (B, T, D) frames that skip this block: same effect as `gate` = 0."""
+    def propagate(self, x: Tensor, context: FrameContext, state: LayerState, last: Tensor | None = None) -> None:
+        """Advance the streaming state over frames that skip this block: same effect as `gate` = 0.
+
+        Args:
+            x: (B, T, D); or (1, N, D), the frames of all streams in a row, together with `last`.
+            last: (B, h, D) last frames of each stream; None = those of `x`.
+        """
         self.attention.store_only(self.attention_norm(x), context, state)
-        last = x[:, -max(1, self.conv.halo) :]
+        last = x[:, -max(1, self.conv.halo) :] if last is None else last
         state.set_conv(self.conv.gated(self.conv_norm(last)))
 
     def macs_per_frame(self) -> int:

@@ -39,19 +39,26 @@ class ConvSubsampling(nn.Module):
         """(channels, bands) of the one-frame state that each stage carries."""
         return list(zip(self.channels, self.bands[:-1], strict=True))
 
-    def forward(self, features: Tensor, tails: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, features: Tensor, tails: list[Tensor] | None = None, frames: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Normalised features -> model frames.
 
         Args:
             features: (B, factor * T, num_mels).
             tails: per stage (B, channels, 1, bands), the last input frame of the chunk before; None = start of audio.
+            frames: (B,) model frames of each row, after which its tails are taken; None = all T.
         Returns:
             (B, T, D) and the new tails.
         """
         x = features.unsqueeze(-1).permute(0, 3, 1, 2)  # so that strides say channels-last, even of one channel
         new_tails = []
         for stage, conv in enumerate(self.convs):
-            new_tails.append(x[:, :, -1:])
+            if frames is None:
+                new_tails.append(x[:, :, -1:])
+            else:
+                ends = frames * (self.factor >> stage) - 1
+                new_tails.append(x[torch.arange(len(x), device=x.device), :, ends].unsqueeze(2))
             if tails is None:  # zeros before the first frame; those after the last are never read, as T is even
                 x = F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
             else:

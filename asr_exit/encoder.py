@@ -88,10 +88,12 @@ class Segment(nn.Module):
             x = x if self.gain is None else x * self.gain.to(x.dtype)
         return x, logits
 
-    def propagate(self, x: Tensor, context: FrameContext, states: Sequence[LayerState]) -> None:
-        """Fill the states of skipped layers from the exit's hidden state x (B, T, D)."""
+    def propagate(
+        self, x: Tensor, context: FrameContext, states: Sequence[LayerState], last: Tensor | None = None
+    ) -> None:
+        """Fill the states of skipped layers from the exit's hidden state; arguments as `ConformerBlock.propagate`."""
         for layer, state in zip(self.layers, states, strict=True):
-            layer.propagate(x, context, state)
+            layer.propagate(x, context, state, last)
 
 
 class Encoder(nn.Module):

@@ -22,7 +22,7 @@ from asr_exit.decide import going_on
 from asr_exit.decoders import make_decoder
 from asr_exit.errors import AudioError, CapacityError, EngineError, StreamStateError
 from asr_exit.evidence import with_beam_share
-from asr_exit.features import StreamingLogMel, num_frames
+from asr_exit.features import StreamingLogMel
 from asr_exit.policy import Reason
 from asr_exit.stream import Blame, Chunk, ChunkResult, Fill, StepOutput, Stream, StreamOptions
 
@@ -181,23 +181,22 @@ class Engine:
     def _take_chunks(self, streams: Iterable[Stream]) -> None:
         """Move each stream's next chunk through the subsampling to the door of the first segment."""
         factor = self.config.subsampling
-        groups: dict[int, list[tuple[Stream, np.ndarray]]] = defaultdict(list)
-        for stream in streams:
-            samples = stream.features.take(stream.wanted_frames * factor)
-            if len(samples):
-                groups[-(-num_frames(len(samples), self.config.features) // factor)].append((stream, samples))
-        for frames, members in groups.items():
-            with Blame([stream for stream, _ in members]):
-                slots = np.array([stream.slot for stream, _ in members])
-                features = self.backend.log_mel([samples for _, samples in members])
-                states = self.backend.subsample(slots, features, frames)
-                for (stream, _), state in zip(members, states, strict=True):
-                    stream.current = Chunk(stream.chunks, stream.next_frame, frames, state)
-                    stream.chunks += 1
-                    stream.next_frame += frames
-                    stream.inboxes[0].append(stream.current)
-                    stream.step_macs += self.macs.stem(frames)
-                    self._set_cap(stream)
+        taken = [(stream, stream.features.take(stream.wanted_frames * factor)) for stream in streams]
+        members = [(stream, samples) for stream, samples in taken if len(samples)]
+        if not members:
+            return
+        with Blame([stream for stream, _ in members]):
+            slots = np.array([stream.slot for stream, _ in members])
+            features = self.backend.log_mel([samples for _, samples in members])
+            lengths = [-(-len(values) // factor) for values in features]
+            states = self.backend.subsample(slots, features, np.array(lengths))
+            for (stream, _), frames, state in zip(members, lengths, states, strict=True):
+                stream.current = Chunk(stream.chunks, stream.next_frame, frames, state)
+                stream.chunks += 1
+                stream.next_frame += frames
+                stream.inboxes[0].append(stream.current)
+                stream.step_macs += self.macs.stem(frames)
+                self._set_cap(stream)
 
     def _set_cap(self, stream: Stream) -> None:
         """Host-side ceiling for the current chunk, before anything is computed."""
@@ -216,19 +215,18 @@ class Engine:
         )
 
     def _run_segment(self, segment: int, streams: list[Stream], rounds: int | None = None) -> None:
-        """Work off the inboxes of one segment, one chunk per stream and round, so that a batch has one shape."""
+        """Work off the inboxes of one segment, one chunk per stream and round, and one batch per chunk size."""
         self._propagate_waiting(segment, streams)
         while rounds != 0 and (waiting := [s for s in streams if s.inboxes[segment] and s.failure is None]):
             rounds = None if rounds is None else rounds - 1
-            groups: dict[tuple[int, int], list[tuple[Stream, Chunk]]] = defaultdict(list)
+            groups: dict[int, list[tuple[Stream, Chunk]]] = defaultdict(list)
             for stream in waiting:
-                chunk = stream.inboxes[segment].popleft()
-                groups[chunk.frames, stream.chunk_frames].append((stream, chunk))
-            for (frames, chunk_frames), members in groups.items():
+                groups[stream.chunk_frames].append((stream, stream.inboxes[segment].popleft()))
+            for chunk_frames, members in groups.items():
                 with Blame([stream for stream, _ in members]):
-                    self._run_batch(segment, frames, chunk_frames, members)
+                    self._run_batch(segment, chunk_frames, members)
 
-    def _run_batch(self, segment: int, frames: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
+    def _run_batch(self, segment: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
         slots = np.array([stream.slot for stream, _ in members])
         judged = any(stream.policy.needs_evidence and segment < stream.cap for stream, _ in members)
         beams = max(stream.policy.beams for stream, _ in members) if judged else 0
@@ -237,7 +235,7 @@ class Engine:
             segment,
             slots,
             [chunk.state for _, chunk in members],
-            frames,
+            np.array([chunk.frames for _, chunk in members]),
             chunk_frames,
             [chunk.scores for _, chunk in members],
             read=read,
@@ -245,13 +243,12 @@ class Engine:
             want_evidence=judged,
             want_similarity=any(stream.policy.needs_similarity for stream, _ in members),
         )
-        cost = self.macs.segment(segment, frames, with_head=read)
         if scores is not None and beams:
             scores = [with_beam_share(item, beams) for item in scores]
-        finite = np.isfinite(np.array([item.max_log_prob for item in scores or ()])).all(axis=-1)
+        finite = np.isfinite([item.max_log_prob.sum() for item in scores or ()])
         for row, (stream, chunk) in enumerate(members):
             chunk.state, chunk.exit_index = states[row], segment
-            stream.step_macs += cost
+            stream.step_macs += self.macs.segment(segment, chunk.frames, with_head=read)
             if scores is not None:
                 chunk.scores = scores[row]
                 if not finite[row]:
@@ -269,21 +266,22 @@ class Engine:
 
     def _propagate_waiting(self, segment: int, streams: list[Stream]) -> None:
         """Fill `propagate`: what waits at a door is filled in when a later chunk passes it, and not before."""
-        groups: dict[tuple[int, int], list[tuple[Stream, list[Chunk]]]] = defaultdict(list)
+        members: list[tuple[Stream, list[Chunk]]] = []
         for stream in streams:
             inbox = stream.inboxes[segment]
             if stream.options.fill is Fill.PROPAGATE and len(inbox) > 1 and stream.failure is None:
-                chunks = [inbox.popleft() for _ in range(len(inbox) - 1)]
-                groups[sum(chunk.frames for chunk in chunks), stream.chunk_frames].append((stream, chunks))
-        for (frames, chunk_frames), members in groups.items():
-            with Blame([stream for stream, _ in members]):
-                slots = np.array([stream.slot for stream, _ in members])
-                states = [[chunk.state for chunk in chunks] for _, chunks in members]
-                self.backend.propagate(segment, slots, states, frames, chunk_frames)
-            for stream, chunks in members:
-                stream.step_macs += sum(self.macs.propagate(chunk.frames) for chunk in chunks)
-                if segment < stream.deepest:
-                    stream.inboxes[segment + 1].extend(chunks)
+                members.append((stream, [inbox.popleft() for _ in range(len(inbox) - 1)]))
+        if not members:
+            return
+        with Blame([stream for stream, _ in members]):
+            slots = np.array([stream.slot for stream, _ in members])
+            states = [[chunk.state for chunk in chunks] for _, chunks in members]
+            frames = np.array([sum(chunk.frames for chunk in chunks) for _, chunks in members])
+            self.backend.propagate(segment, slots, states, frames)
+        for stream, chunks in members:
+            stream.step_macs += sum(self.macs.propagate(chunk.frames) for chunk in chunks)
+            if segment < stream.deepest:
+                stream.inboxes[segment + 1].extend(chunks)
 
     def _fill_skipped(self, streams: list[Stream]) -> None:
         """Settle what waits at the doors of skipped segments, by each stream's fill."""
@@ -292,17 +290,14 @@ class Engine:
                 stream.current.settled = True
         for segment in range(1, self.config.num_exits):
             while dropping := [s for s in streams if s.failure is None and self._is_dropped(s, segment)]:
-                groups: dict[int, list[tuple[Stream, Chunk]]] = defaultdict(list)
-                for stream in dropping:  # one chunk each: a slot may stand only once in a batch
-                    chunk = stream.inboxes[segment].popleft()
+                chunks = [stream.inboxes[segment].popleft() for stream in dropping]  # a slot stands once in a batch
+                with Blame(dropping):
+                    slots = np.array([stream.slot for stream in dropping])
+                    self.backend.leave_hole(segment, slots, np.array([chunk.frames for chunk in chunks]))
+                for stream, chunk in zip(dropping, chunks, strict=True):
                     chunk.settled = True
-                    groups[chunk.frames].append((stream, chunk))
-                for frames, members in groups.items():
-                    with Blame([stream for stream, _ in members]):
-                        self.backend.leave_hole(segment, np.array([stream.slot for stream, _ in members]), frames)
-                    for stream, chunk in members:
-                        if segment < stream.deepest:
-                            stream.inboxes[segment + 1].append(chunk)
+                    if segment < stream.deepest:
+                        stream.inboxes[segment + 1].append(chunk)
 
     def _is_dropped(self, stream: Stream, segment: int) -> bool:
         """Whether the oldest chunk at a door leaves a hole there: with `propagate` when no later chunk can see it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, pairwise, repeat
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,6 +53,7 @@ def score(
     previous: Sequence[ExitScores | None],
     want_log_probs: bool,
     want_evidence: bool = True,
+    frames: np.ndarray | None = None,
 ) -> list[ExitScores]:
     """Per-stream scores and, if wanted, evidence of a batch; one transfer to the host.
 
@@ -63,6 +65,7 @@ def score(
         previous: per stream what the exit before said about this chunk, or None.
         want_log_probs: also bring (T, V) log-posteriors to the host (beam search needs them).
         want_evidence: a policy will look at it. False saves most of this function's time; evidence is then `UNJUDGED`.
+        frames: (B,) real frames of each stream, the most of which is T; None = all T.
     """
     import torch
 
@@ -75,14 +78,36 @@ def score(
             states = before.float(), after.float()
             columns += [torch.linalg.vecdot(*states), *(torch.linalg.vector_norm(x, dim=-1) for x in states)]
     columns += [log_probs] if want_log_probs else []
-    tops, labels, *numbers = _to_host(columns)
+    found = _to_host(columns)
+    judge = partial(_judge, vocab=logits.shape[-1], want_log_probs=want_log_probs, want_evidence=want_evidence)
+    lengths = set() if frames is None else set(frames.tolist())
+    if len(lengths) < 2:
+        return judge(found, previous)
+    scores: dict[int, ExitScores] = {}
+    for length in lengths:
+        rows = np.flatnonzero(frames == length)
+        ours = judge([values[rows, :length] for values in found], [previous[row] for row in rows])
+        scores.update(zip(rows.tolist(), ours, strict=True))
+    return [scores[row] for row in range(len(scores))]
+
+
+def _judge(
+    found: Sequence[np.ndarray],
+    previous: Sequence[ExitScores | None],
+    *,
+    vocab: int,
+    want_log_probs: bool,
+    want_evidence: bool,
+) -> list[ExitScores]:
+    """What `score` brought to the host, of streams with equally many frames."""
+    tops, labels, *numbers = found
     tables = list(numbers.pop()) if want_log_probs else [None] * len(tops)
     rows = list(labels), list(tops), tables
     if not want_evidence:
         return list(map(ExitScores, *rows, repeat(UNJUDGED)))
     negative_entropy, *products = numbers
     texts, known = _texts(labels), [item and item.known for item in previous]
-    seen = _summaries(tops, labels, negative_entropy, logits.shape[-1], products)
+    seen = _summaries(tops, labels, negative_entropy, vocab, products)
     seen[:, AGREEMENT] = [_agreement(text, item) for text, item in zip(texts, known, strict=True)]
     evidence = map(Evidence.of_row, seen, [item and item.evidence for item in known])
     return list(map(ExitScores, *rows, evidence, texts))

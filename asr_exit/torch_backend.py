@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from asr_exit.cache import CachePool
 from asr_exit.cost import SegmentMacs
@@ -47,17 +48,19 @@ class TorchBackend:
         return log_mels(samples, self._fast_log_mel)
 
     @torch.inference_mode()
-    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: int) -> list[Tensor]:
-        padded = np.zeros((len(features), frames * self.config.subsampling, self.config.features.num_mels), np.float32)
+    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray) -> list[Tensor]:
+        longest = int(frames.max())
+        padded = np.zeros((len(features), longest * self.config.subsampling, self.config.features.num_mels), np.float32)
         for row, values in enumerate(features):
             padded[row, : len(values)] = values
         batch = self.encoder.normalise(torch.from_numpy(padded).to(self.device))
         for row, values in enumerate(features):
             batch[row, len(values) :] = 0.0
         index = torch.from_numpy(slots).to(self.device)
-        states, tails = self.encoder.subsampling(batch.to(self.dtype), self.pool.swap_tails(index))
+        ends = None if frames.min() == longest else torch.from_numpy(frames).to(self.device)
+        states, tails = self.encoder.subsampling(batch.to(self.dtype), self.pool.swap_tails(index), ends)
         self.pool.swap_tails(index, tails)
-        return list(states)
+        return _rows(states, frames)
 
     @torch.inference_mode()
     def run(
@@ -65,7 +68,7 @@ class TorchBackend:
         segment: int,
         slots: np.ndarray,
         states: Sequence[Tensor],
-        frames: int,
+        frames: np.ndarray,
         chunk_frames: int,
         previous: Sequence[ExitScores | None],
         *,
@@ -74,26 +77,25 @@ class TorchBackend:
         want_evidence: bool,
         want_similarity: bool,
     ) -> tuple[list[Tensor], list[ExitScores] | None]:
-        before = torch.stack(list(states))
+        before = pad_sequence(list(states), batch_first=True)
         context, layers = self.pool.begin(segment, slots, frames, chunk_frames)
         after, logits = self.encoder.segments[segment](before, context, layers, want_logits=read)
         if not read:
-            return list(after), None
-        return list(after), score(
-            logits, before if want_similarity else None, after, previous, want_log_probs, want_evidence
+            return _rows(after, frames), None
+        return _rows(after, frames), score(
+            logits, before if want_similarity else None, after, previous, want_log_probs, want_evidence, frames
         )
 
     @torch.inference_mode()
     def propagate(
-        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[Tensor]], frames: int, chunk_frames: int
+        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[Tensor]], frames: np.ndarray
     ) -> None:
-        context, layers = self.pool.begin(segment, slots, frames, chunk_frames)
-        self.encoder.segments[segment].propagate(
-            torch.stack([torch.cat(list(chunks)) for chunks in states]), context, layers
-        )
+        context, layers, last = self.pool.begin_filling(segment, slots, frames)
+        skipped = torch.cat([state for chunks in states for state in chunks])
+        self.encoder.segments[segment].propagate(skipped[None], context, layers, skipped[torch.from_numpy(last)])
 
     @torch.inference_mode()
-    def leave_hole(self, segment: int, slots: np.ndarray, frames: int) -> None:
+    def leave_hole(self, segment: int, slots: np.ndarray, frames: np.ndarray) -> None:
         self.pool.leave_hole(segment, slots, frames)
 
     @torch.inference_mode()
@@ -107,3 +109,8 @@ class TorchBackend:
             self.encoder(features, lengths, chunk_frames=frames).logits[-1].cpu()
             times.append(time.perf_counter() - begin)
         return float(np.median(times[2:])) / SegmentMacs.of(self.encoder).full(frames)
+
+
+def _rows(batch: Tensor, frames: np.ndarray) -> list[Tensor]:
+    """(B, T, D) -> per stream its own (frames, D)."""
+    return [row[:count] for row, count in zip(batch, frames.tolist(), strict=True)]

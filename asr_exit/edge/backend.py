@@ -147,11 +147,11 @@ class EdgeBackend:
     def log_mel(self, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
         return log_mels(samples, lambda batch: windows_to_log_mel(batch, self.config.features))
 
-    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: int) -> list[np.ndarray]:
+    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray) -> list[np.ndarray]:
         """Only normalises and pads; the subsampling itself is part of the first segment's graph."""
         states = []
-        for values in features:
-            padded = np.zeros((frames * self.config.subsampling, self.config.features.num_mels), np.float32)
+        for values, count in zip(features, frames.tolist(), strict=True):
+            padded = np.zeros((count * self.config.subsampling, self.config.features.num_mels), np.float32)
             padded[: len(values)] = (values - self._mean) / self._std
             states.append(padded)
         return states
@@ -161,7 +161,7 @@ class EdgeBackend:
         segment: int,
         slots: np.ndarray,
         states: Sequence[np.ndarray],
-        frames: int,
+        frames: np.ndarray,
         chunk_frames: int,
         previous: Sequence[ExitScores | None],
         *,
@@ -171,40 +171,40 @@ class EdgeBackend:
         want_similarity: bool,
     ) -> tuple[list[np.ndarray], list[ExitScores] | None]:
         after, scores = [], []
-        for slot, x, earlier in zip(slots.tolist(), states, previous, strict=True):
+        for slot, x, count, earlier in zip(slots.tolist(), states, frames.tolist(), previous, strict=True):
             stream = self._states[slot]
             memory = stream.segments[segment]
             feeds = {"mask": memory.mask, "keys": memory.keys, "values": memory.values, "conv": memory.conv}
-            feeds |= self._positions(memory.clock, frames)
+            feeds |= self._positions(memory.clock, count)
             if segment == 0:
                 feeds |= {"features": x} | {f"tail_{stage}": tail for stage, tail in enumerate(stream.tails)}
             else:
                 feeds["x"] = x
             skip = () if want_log_probs else ("log_probs",)
             outputs = self._sessions.run(self._manifest.segments[segment], feeds, skip)
-            memory.write(frames, outputs["new_keys"], outputs["new_values"], outputs["new_conv"])
+            memory.write(count, outputs["new_keys"], outputs["new_values"], outputs["new_conv"])
             if segment == 0:
                 stream.tails = [outputs[f"new_tail_{stage}"] for stage in range(len(stream.tails))]
             after.append(outputs["state"])
             if read:
                 row = outputs["scores"] if want_evidence else outputs["scores"][NUM_COLUMNS:]
-                scores.append(unpack(row, frames, earlier, outputs.get("log_probs")))
+                scores.append(unpack(row, count, earlier, outputs.get("log_probs")))
         return after, scores if read else None
 
     def propagate(
-        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[np.ndarray]], frames: int, chunk_frames: int
+        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[np.ndarray]], frames: np.ndarray
     ) -> None:
         graph = self._manifest.propagate[segment]
         if graph is None:
             raise EngineError(f"segment {segment} cannot be skipped")
-        for slot, chunks in zip(slots.tolist(), states, strict=True):
+        for slot, chunks, count in zip(slots.tolist(), states, frames.tolist(), strict=True):
             memory, x = self._states[slot].segments[segment], np.concatenate(chunks)
-            outputs = self._sessions.run(graph, {"x": x, "conv": memory.conv} | self._positions(memory.clock, frames))
-            memory.write(frames, outputs["new_keys"], outputs["new_values"], outputs["new_conv"])
+            outputs = self._sessions.run(graph, {"x": x, "conv": memory.conv} | self._positions(memory.clock, count))
+            memory.write(count, outputs["new_keys"], outputs["new_values"], outputs["new_conv"])
 
-    def leave_hole(self, segment: int, slots: np.ndarray, frames: int) -> None:
-        for slot in slots.tolist():
-            self._states[slot].segments[segment].leave_hole(frames)
+    def leave_hole(self, segment: int, slots: np.ndarray, frames: np.ndarray) -> None:
+        for slot, count in zip(slots.tolist(), frames.tolist(), strict=True):
+            self._states[slot].segments[segment].leave_hole(count)
 
     def seconds_per_mac(self) -> None:
         """Left to `EdgeRecognizer`, which knows the streams it will run."""

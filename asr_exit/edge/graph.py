@@ -30,10 +30,13 @@ class _GraphState:
     new: list[Tensor] = field(default_factory=list)  # (H, T, E) keys and values of the chunk
     new_conv: Tensor | None = None  # (h, D)
 
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, keys: Tensor, values: Tensor) -> None:
         self.new = [keys[0].transpose(0, 1), values[0].transpose(0, 1)]
-        if self.keys is None or self.values is None:
-            return keys, values
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.write(keys, values)
+        assert self.keys is not None, "a part that reads keys is given them"
+        assert self.values is not None
         held = [torch.cat((old, new), dim=1) for old, new in zip((self.keys, self.values), self.new, strict=True)]
         return held[0].transpose(0, 1)[None], held[1].transpose(0, 1)[None]
 

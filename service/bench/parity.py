@@ -68,13 +68,13 @@ class _RecordingEngine(Engine):
         self.logits: Tensor | None = None  # of the segment that ran last, (B, T, V)
         self.log_probs: dict[Stream, list[list[np.ndarray]]] = {}  # per exit, per chunk (T, V)
 
-    def _run_batch(self, segment: int, frames: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
-        super()._run_batch(segment, frames, chunk_frames, members)
+    def _run_batch(self, segment: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
+        super()._run_batch(segment, chunk_frames, members)
         assert self.logits is not None
         log_probs = self.logits.float().log_softmax(dim=-1).cpu().numpy()
-        for row, (stream, _) in enumerate(members):
+        for row, (stream, chunk) in enumerate(members):
             by_exit = self.log_probs.setdefault(stream, [[] for _ in range(self.config.num_exits)])
-            by_exit[segment].append(log_probs[row])
+            by_exit[segment].append(log_probs[row, : chunk.frames])
 
     @contextmanager
     def observing(self, encoder: Encoder) -> Iterator[None]:

@@ -38,7 +38,7 @@ class Probe:
     def log_mel(self, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
         return self._inner.log_mel(samples)
 
-    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: int) -> list[State]:
+    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray) -> list[State]:
         return list(self._timed(self._inner.subsample, slots, features, frames))
 
     def run(
@@ -46,7 +46,7 @@ class Probe:
         segment: int,
         slots: np.ndarray,
         states: Sequence[State],
-        frames: int,
+        frames: np.ndarray,
         chunk_frames: int,
         previous: Sequence[ExitScores | None],
         *,
@@ -73,12 +73,10 @@ class Probe:
             self.log_probs.setdefault(segment, []).extend(kept)
         return after, scores if read else None
 
-    def propagate(
-        self, segment: int, slots: np.ndarray, states: Sequence[Sequence[State]], frames: int, chunk_frames: int
-    ) -> None:
-        self._timed(self._inner.propagate, segment, slots, states, frames, chunk_frames)
+    def propagate(self, segment: int, slots: np.ndarray, states: Sequence[Sequence[State]], frames: np.ndarray) -> None:
+        self._timed(self._inner.propagate, segment, slots, states, frames)
 
-    def leave_hole(self, segment: int, slots: np.ndarray, frames: int) -> None:
+    def leave_hole(self, segment: int, slots: np.ndarray, frames: np.ndarray) -> None:
         self._timed(self._inner.leave_hole, segment, slots, frames)
 
     def _timed(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -27,8 +27,8 @@ class Recorder(Engine):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.seen: dict[Stream, dict[tuple[int, int], np.ndarray]] = {}
 
-    def _run_batch(self, segment: int, frames: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
-        super()._run_batch(segment, frames, chunk_frames, members)
+    def _run_batch(self, segment: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
+        super()._run_batch(segment, chunk_frames, members)
         self.backend.pool.check_frontier(np.array([stream.slot for stream, _ in members]))
         for stream, chunk in members:
             if chunk.scores is not None and chunk.scores.frames.log_probs is not None:
