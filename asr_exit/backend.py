@@ -21,7 +21,7 @@ State = Any  # (T, D) of one chunk, in the backend's own array type
 class Backend(Protocol):
     """Streaming state in slots, and the parts of the encoder that read and advance it.
 
-    Every method that takes `slots` (B,) treats one chunk of each of these streams, `frames` (B,) long: the last chunk of
+    Every method that takes `slots` (B,) treats one chunk of each of these streams, `frames` (B,) long: the last one of
     a stream is shorter than the others, and still goes with them. No slot may stand there twice.
     """
 

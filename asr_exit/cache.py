@@ -160,22 +160,25 @@ class CachePool:
 
     def begin(
         self, segment: int, slots: np.ndarray, frames: np.ndarray, chunk_frames: int
-    ) -> tuple[FrameContext, list[LayerView]]:
+    ) -> tuple[FrameContext, list[LayerView], Tensor | None]:
         """Advance one segment's clocks over a chunk of (B,) slots, `frames` (B,) long; returns what its layers need.
 
-        The layers get (B, T, D) with T the longest chunk; shorter ones are padded behind. Every chunk starts on its own
-        chunk grid, so all its frames see the same keys and the mask is (B, 1, 1, W).
+        The layers get (B, T, D) with T the longest chunk; shorter ones are padded behind, and the last value returned
+        is where the real frames lie (see `real_frames`), None without padding. Every chunk starts on its own chunk
+        grid, so all its frames see the same keys and the mask is (B, 1, 1, W).
         """
         caches = self.segments[segment]
         start = caches[0].clock[slots]
         cells = [cache.advance(slots, frames)[0] for cache in caches]
-        longest = int(frames.max())
         index = BatchIndex(self._tensor(slots), self._tensor(cells[0]))
-        if frames.min() < longest:
-            real = np.flatnonzero(np.arange(longest) < frames[:, None])
-            index = BatchIndex(index.slots, index.cells, self._tensor(real), self._tensor(frames))
+        if frames.min() < frames.max():
+            index = BatchIndex(index.slots, index.cells, self.real_frames(frames), self._tensor(frames))
         context = self._context(start, caches[0].positions[slots], frames, chunk_frames)
-        return context, [LayerView(cache, index) for cache in caches]
+        return context, [LayerView(cache, index) for cache in caches], index.real
+
+    def real_frames(self, frames: np.ndarray) -> Tensor:
+        """(N,) places among B * T of the frames that are no padding, in a batch of chunks `frames` (B,) long."""
+        return self._tensor(np.flatnonzero(np.arange(frames.max()) < frames[:, None]))
 
     def begin_filling(
         self, segment: int, slots: np.ndarray, frames: np.ndarray

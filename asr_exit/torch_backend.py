@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from asr_exit.cache import CachePool
 from asr_exit.cost import SegmentMacs
@@ -16,6 +15,7 @@ from asr_exit.encoder import Encoder
 from asr_exit.evidence import ExitScores, score
 from asr_exit.features import log_mels, windows_to_log_mel
 from asr_exit.front_end import Float32LogMel
+from asr_exit.packing import pack_linears
 
 
 class TorchBackend:
@@ -28,6 +28,8 @@ class TorchBackend:
     def __init__(self, encoder: Encoder, slots: int, device: str | torch.device) -> None:
         self.config, self.encoder, self.device = encoder.config, encoder.to(device), torch.device(device)
         self.dtype = encoder.subsampling.out.weight.dtype
+        if self.dtype != torch.float32 and self.device.type == "cpu":
+            pack_linears(self.encoder)
         self.pool = CachePool(self.config, slots, encoder.subsampling.tail_shapes(), self.device, self.dtype)
         self._fast_log_mel = None if self.dtype == torch.float32 else Float32LogMel(self.config.features)
 
@@ -57,10 +59,12 @@ class TorchBackend:
         for row, values in enumerate(features):
             batch[row, len(values) :] = 0.0
         index = torch.from_numpy(slots).to(self.device)
-        ends = None if frames.min() == longest else torch.from_numpy(frames).to(self.device)
+        ends, real = None, None
+        if frames.min() < longest:
+            ends, real = torch.from_numpy(frames).to(self.device), self.pool.real_frames(frames)
         states, tails = self.encoder.subsampling(batch.to(self.dtype), self.pool.swap_tails(index), ends)
         self.pool.swap_tails(index, tails)
-        return _rows(states, frames)
+        return _rows(states, real, frames)
 
     @torch.inference_mode()
     def run(
@@ -77,12 +81,13 @@ class TorchBackend:
         want_evidence: bool,
         want_similarity: bool,
     ) -> tuple[list[Tensor], list[ExitScores] | None]:
-        before = pad_sequence(list(states), batch_first=True)
-        context, layers = self.pool.begin(segment, slots, frames, chunk_frames)
+        context, layers, real = self.pool.begin(segment, slots, frames, chunk_frames)
+        before = _padded(states, real, frames)
         after, logits = self.encoder.segments[segment](before, context, layers, want_logits=read)
+        rows = _rows(after, real, frames)
         if not read:
-            return _rows(after, frames), None
-        return _rows(after, frames), score(
+            return rows, None
+        return rows, score(
             logits, before if want_similarity else None, after, previous, want_log_probs, want_evidence, frames
         )
 
@@ -111,6 +116,18 @@ class TorchBackend:
         return float(np.median(times[2:])) / SegmentMacs.of(self.encoder).full(frames)
 
 
-def _rows(batch: Tensor, frames: np.ndarray) -> list[Tensor]:
-    """(B, T, D) -> per stream its own (frames, D)."""
-    return [row[:count] for row, count in zip(batch, frames.tolist(), strict=True)]
+def _padded(states: Sequence[Tensor], real: Tensor | None, frames: np.ndarray) -> Tensor:
+    """Per stream (frames, D) -> (B, T, D); the inverse of `_rows`."""
+    if real is None:
+        return torch.stack(list(states))
+    flat = torch.cat(list(states))
+    batch = flat.new_zeros(len(frames), int(frames.max()), flat.shape[1])
+    batch.flatten(0, 1).index_copy_(0, real, flat)
+    return batch
+
+
+def _rows(batch: Tensor, real: Tensor | None, frames: np.ndarray) -> list[Tensor]:
+    """(B, T, D) -> per stream its own (frames, D). `real`: places of its frames among B * T, None = all."""
+    if real is None:
+        return list(batch)
+    return list(batch.flatten(0, 1).index_select(0, real).split(frames.tolist()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Event = Callable[[], None]
-_PUT_BY_S = 0.1  # how long audio that completes no chunk may lie around undecoded
+_PUT_BY_S = 0.5  # audio that completes no chunk lies around undecoded for so long, at most twice that
 
 
 class EngineThread:
@@ -55,8 +56,8 @@ class EngineThread:
         self._prepare = prepare
         self.clock = clock
         self._wake = threading.Condition()
-        self._waiting: list[Feed] = []  # feeds with commands, in order of arrival; guarded by _wake
-        self._urgent = False  # whether one of these commands should not wait; guarded by _wake
+        self._waiting: list[Feed] = []  # feeds with commands to carry out, in order of arrival; guarded by _wake
+        self._put_by: deque[tuple[float, Feed]] = deque()  # feeds whose commands may wait until then; guarded by _wake
         self._stopping = False  # guarded by _wake
         self._feeds: dict[Stream, Feed] = {}
         self._events: list[Event] = []
@@ -77,37 +78,49 @@ class EngineThread:
     def submit(self, feed: Feed, command: Command, *, wake: bool = True) -> None:
         """Queues a command; callable from any thread. After `stop` it does nothing.
 
-        Without `wake` it may wait for 0.1 s, until there is more to do: for audio that completes no chunk.
+        Without `wake` it may wait for a second, until there is more to do: for audio that completes no chunk. A chunk
+        that comes in several messages is so decoded in one go.
         """
         with self._wake:
             if self._stopping:
                 return
-            if not feed.commands:
-                self._waiting.append(feed)
             feed.commands.append(command)
             if wake:
-                self._urgent = True
+                self._call(feed)
                 self._wake.notify()
+            elif len(feed.commands) == 1:
+                self._put_by.append((self.clock() + _PUT_BY_S, feed))
+
+    def _call(self, feed: Feed) -> None:
+        """The commands of `feed` are to be carried out now. Needs the lock."""
+        if feed.commands and not feed.called:
+            feed.called = True
+            self._waiting.append(feed)
+
+    def _call_put_by(self) -> None:
+        """As `_call` for all that have been put by for long enough. Needs the lock."""
+        now = self.clock()
+        while self._put_by and self._put_by[0][0] <= now:
+            self._call(self._put_by.popleft()[1])
 
     def _run(self) -> None:
         if self._prepare:
             self._prepare()
         while True:
             with self._wake:
-                while not (self._urgent or self._stopping or self._may_catch_up):
+                while True:
+                    self._call_put_by()
                     wait_s = self._scheduler.wait_s(len(self._feeds))
-                    if wait_s == 0.0:
+                    if self._waiting or self._stopping or self._may_catch_up or wait_s == 0.0:
                         break
                     if self._feeds:
                         wait_s = _PUT_BY_S if wait_s is None else min(wait_s, _PUT_BY_S)
-                    if not self._wake.wait(wait_s) and self._waiting:
-                        break
+                    self._wake.wait(wait_s)
                 if self._stopping:
                     break
-                self._urgent = False
                 batch = [(feed, feed.commands) for feed in self._waiting]
                 for feed in self._waiting:
-                    feed.commands = []
+                    feed.commands, feed.called = [], False
                 self._waiting = []
             for feed, commands in batch:
                 self._carry_out(feed, commands)

@@ -69,7 +69,7 @@ class Listener(Protocol):
 
 
 class Feed:
-    """Belongs to the engine thread, except `commands`, which its lock guards, and `abandoned`."""
+    """Belongs to the engine thread, except `commands` and `called`, which its lock guards, and `abandoned`."""
 
     def __init__(self, options: StreamOptions, audio: AudioFormat, listener: Listener) -> None:
         """`audio` says what `Audio` commands carry, if it is raw; containers are unpacked before they come here."""
@@ -78,6 +78,7 @@ class Feed:
         self.input = AudioInput(audio if audio.is_raw else UNPACKED)
         self.listener = listener
         self.commands: list[Command] = []
+        self.called = False  # they are to be carried out in the next round
         self.abandoned = False  # set by the event loop: do not spend time on audio that is still queued
         self.stream: Stream | None = None
         self.closed = False

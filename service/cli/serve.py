@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 HELP = "serve gRPC until SIGTERM or Ctrl-C"
 _OPTIONS = {  # option -> table and key of the configuration
@@ -55,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, option)) is not None:
             overrides.setdefault(table, {})[key] = value
     config = load_config(arguments.config, overrides)
+    # oneDNN keeps 1024 kernels: at early exits a server meets more sizes of batch than that, and would make them anew
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
 
     import asyncio
 

@@ -80,6 +80,16 @@ def test_offering_twice_serves_once_at_the_first_due_time() -> None:
     assert queue.take() == []
 
 
+@pytest.mark.parametrize(("ready", "sizes"), [(5, [5]), (11, [8, 3]), (39, [20, 16, 3]), (21, [20, 1])])
+def test_batches_come_in_few_sizes_and_leave_nobody_behind(ready: int, sizes: list[int]) -> None:
+    queue, _ = scheduler(max_batch=20)
+    for number in range(ready):
+        queue.offer(f"{number:02d}", float(number))
+    batches = [queue.take() for _ in sizes]
+    assert [len(batch) for batch in batches] == sizes
+    assert [name for batch in batches for name in batch] == [f"{number:02d}" for number in range(ready)]
+
+
 def test_a_queue_of_leavers_does_not_grow() -> None:
     queue, _ = scheduler()
     for number in range(10_000):
