@@ -109,18 +109,23 @@ class CachePool:
         def poisoned(*shape: int) -> Tensor:
             return torch.full(shape, torch.nan, device=device, dtype=dtype)
 
+        layers, head_dim = config.num_layers, config.d_model // heads
+        keys = poisoned(layers, slots, window, heads, head_dim)
+        values = poisoned(layers, slots, window, heads, head_dim)
+        conv = poisoned(layers, slots, halo, config.d_model)
+        self._by_layer = [keys, values, conv]
         self.segments = [
             [
                 LayerCache(
-                    keys=poisoned(slots, window, heads, config.d_model // heads),
-                    values=poisoned(slots, window, heads, config.d_model // heads),
-                    conv=poisoned(slots, halo, config.d_model),
+                    keys=keys[layer],
+                    values=values[layer],
+                    conv=conv[layer],
                     positions=np.full((slots, window), EMPTY, np.int64),
                     clock=np.zeros(slots, np.int64),
                 )
-                for _ in range(config.exit_every)
+                for layer in range(first, first + config.exit_every)
             ]
-            for _ in range(config.num_exits)
+            for first in range(0, layers, config.exit_every)
         ]
         self.tails = [poisoned(slots, channels, 1, bands) for channels, bands in tail_shapes]
         self.free = list(range(slots - 1, -1, -1))
@@ -145,8 +150,8 @@ class CachePool:
         return [cache for segment in self.segments for cache in segment]
 
     def _fill(self, slot: int, value: float) -> None:
-        for cache in self._layers():
-            cache.keys[slot], cache.values[slot], cache.conv[slot] = value, value, value
+        for cache in self._by_layer:
+            cache[:, slot] = value
         for tail in self.tails:
             tail[slot] = value
 

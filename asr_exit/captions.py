@@ -80,6 +80,8 @@ class Captions:
 
     def _view(self) -> CtcState:
         self._fold()
+        if not self._revisable:
+            return self._settled
         key = (self._settled, *(chunk.exit_index for chunk in self._revisable))
         if self._viewed is None or self._viewed[0] != key:
             state, exit_index = self._settled, self._settled_exit

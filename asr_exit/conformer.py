@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,7 +38,11 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(ff_dim, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.up(self.norm(x))))
+        return self.down(self.expand(self.norm(x)))
+
+    def expand(self, x: Tensor) -> Tensor:
+        """The hidden layer."""
+        return F.silu(self.up(x))
 
 
 class ConformerBlock(nn.Module):
@@ -69,12 +74,11 @@ class ConformerBlock(nn.Module):
                 (their keys are masked by `context`).
         """
 
-        def branch(y: Tensor, scale: float = 1.0) -> Tensor:
-            y = y if scale == 1.0 else scale * y
-            return y if gate is None else gate * y
+        def add(x: Tensor, branch: Tensor, scale: float = 1.0) -> Tensor:
+            return torch.add(x, branch if gate is None else gate * branch, alpha=scale)
 
-        x = x + branch(self.ff_in(x), 0.5)
-        x = x + branch(self.attention(self.attention_norm(x), context, state))
+        x = add(x, self.ff_in(x), 0.5)
+        x = add(x, self.attention(self.attention_norm(x), context, state))
         gated = self.conv.gated(self.conv_norm(x))
         if context.valid is not None:
             gated = gated * context.valid
@@ -84,8 +88,8 @@ class ConformerBlock(nn.Module):
         if state is not None:
             left = state.conv_left()
             state.set_conv(gated)
-        x = x + branch(self.conv(gated, left, context.chunk_frames))
-        return x + branch(self.ff_out(x), 0.5)
+        x = add(x, self.conv(gated, left, context.chunk_frames))
+        return add(x, self.ff_out(x), 0.5)
 
     def propagate(self, x: Tensor, context: FrameContext, state: LayerState, last: Tensor | None = None) -> None:
         """Advance the streaming state over frames that skip this block: same effect as `gate` = 0.

@@ -168,6 +168,11 @@ class ChunkConv(nn.Module):
             bias = cast(Tensor, self.depthwise.bias).to(x.dtype)
             y = _ShiftedDepthwise.apply(x, taps, bias, chunk)[:, :frames]
             return self.out(F.silu(self.norm(y)))
+        if chunks == 1 and x.is_cpu and not torch.compiler.is_exporting():
+            # (B, D, 1, h + C + h) as it lies in memory: oneDNN takes that twice as fast as the rows of `conv1d`
+            x = F.pad(x, (0, 0, 0, halo)).unsqueeze(1).permute(0, 3, 1, 2)
+            y = F.conv2d(x, self._kernel().unsqueeze(2), self.depthwise.bias, groups=d_model)
+            return self.out(F.silu(self.norm(y.permute(0, 2, 3, 1).squeeze(1)[:, :frames])))
         if chunks > 1:  # (B, n, D, h + C): every chunk with the frames before it, and nothing after it
             x = x.unfold(1, halo + chunk, chunk).reshape(batch * chunks, d_model, halo + chunk)
         else:

@@ -10,21 +10,28 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from asr_exit.conformer import FeedForward
+
 _TYPICAL_ROWS = 256  # what the layout is chosen for; it serves any number
 
 
 def pack_linears(module: nn.Module) -> None:
     """Let every linear layer in `module` multiply with packed weights, in place; its parameters stay as they are.
 
-    For a reduced precision on a CPU, and without gradients. Does nothing where torch was built without oneDNN.
+    The last thing done to a module: packed weights can neither be copied nor converted. For a reduced precision
+    on a CPU, and without gradients. Does nothing where torch was built without oneDNN.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
+    packed: dict[nn.Linear, Tensor] = {}
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and "forward" not in vars(layer):
-            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _TYPICAL_ROWS)
-            layer.forward = partial(_multiply, packed, layer.bias)  # type: ignore[method-assign]
+            packed[layer] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _TYPICAL_ROWS)
+            layer.forward = partial(_multiply, packed[layer], layer.bias, "none")  # type: ignore[method-assign]
+    for part in module.modules():
+        if isinstance(part, FeedForward) and part.up in packed:  # SiLU while the product is at hand
+            part.expand = partial(_multiply, packed[part.up], part.up.bias, "swish")  # type: ignore[method-assign]
 
 
-def _multiply(packed: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def _multiply(packed: Tensor, bias: Tensor, then: str, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], "")

@@ -16,6 +16,7 @@ from asr_exit.budget import Budget
 from service import wire
 from service.dialect import Dialect, EndUtterance, NativeDialect
 from service.errors import StreamError, abort, invalid, to_stream_error, undecodable
+from service.patience import Patience
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
 
@@ -55,19 +56,23 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
 
     async def converse(self, context: grpc.aio.ServicerContext, dialect: Dialect) -> None:
         """Serves one streaming call, whatever its protocol."""
+        reading, writing = Patience(self._config.limits.idle_s), Patience(self._config.limits.idle_s)
         try:
-            message = await self._next(context)
+            message = await self._next(context, reading)
             if message is None:
                 raise invalid("the stream ended before its configuration: send streaming_config in the first message")
             request = self._complete(context, partial(dialect.configure, message))
             async with self._reception.stream(context, request) as session:
-                reader = asyncio.create_task(self._read(context, session, dialect))
+                reader = asyncio.create_task(self._read(context, session, dialect, reading))
                 try:
-                    await self._write(context, session, dialect)
+                    await self._write(context, session, dialect, writing)
                 finally:
                     reader.cancel()
         except StreamError as error:  # the session is closed: the status waits behind results the client does not read
             await abort(context, error)
+        finally:
+            reading.close()
+            writing.close()
 
     async def recognize(
         self, context: grpc.aio.ServicerContext, configure: Callable[[], StreamRequest], audio: bytes
@@ -106,10 +111,12 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
         except Exception as error:
             raise _reported(error) from error
 
-    async def _read(self, context: grpc.aio.ServicerContext, session: Session, dialect: Dialect) -> None:
+    async def _read(
+        self, context: grpc.aio.ServicerContext, session: Session, dialect: Dialect, patience: Patience
+    ) -> None:
         """Client to engine; ends the session with an error instead of raising."""
         try:
-            while (message := await self._next(context)) is not None:
+            while (message := await self._next(context, patience)) is not None:
                 for part in dialect.parts(message):
                     if isinstance(part, Budget):
                         session.set_budget(part)
@@ -135,18 +142,20 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
         except Exception as error:
             session.fail(_reported(error))
 
-    async def _write(self, context: grpc.aio.ServicerContext, session: Session, dialect: Dialect) -> None:
+    async def _write(
+        self, context: grpc.aio.ServicerContext, session: Session, dialect: Dialect, patience: Patience
+    ) -> None:
         """Engine to client."""
         while (update := await session.receive()) is not None:
             message = dialect.respond(update)
             if message is not None:
-                await self._send(context, message)
+                await self._send(context, message, patience)
 
-    async def _send(self, context: grpc.aio.ServicerContext, message: Any) -> None:
+    async def _send(self, context: grpc.aio.ServicerContext, message: Any, patience: Patience) -> None:
         """Waits for a client that reads slowly, but not for ever."""
         idle_s = self._config.limits.idle_s
         try:
-            async with asyncio.timeout(idle_s):
+            with patience:
                 await context.write(message)
         except TimeoutError:
             raise StreamError(
@@ -154,11 +163,11 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
                 f"no result was read for {idle_s:g} s: read results while sending audio",
             ) from None
 
-    async def _next(self, context: grpc.aio.ServicerContext) -> Any | None:
+    async def _next(self, context: grpc.aio.ServicerContext, patience: Patience) -> Any | None:
         """The next request, or None when the client closed its side."""
         idle_s = self._config.limits.idle_s
         try:
-            async with asyncio.timeout(idle_s):
+            with patience:
                 request = await context.read()
         except TimeoutError:
             raise StreamError(

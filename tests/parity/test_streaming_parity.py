@@ -208,6 +208,37 @@ def test_neighbours_batch_order_and_slot_reuse_change_nothing(model: Model) -> N
     assert crowd.free_slots == 6
 
 
+@pytest.mark.parametrize("fill", list(Fill))
+@pytest.mark.parametrize("chunk_ms", [160, 640, 1280])
+def test_chunks_of_different_lengths_share_a_batch(model: Model, fill: Fill, chunk_ms: float) -> None:
+    recordings = [babble(2.3 + 0.37 * k, seed=40 + k) for k in range(5)]
+
+    def drive(engine: Recorder, chosen: list[int]) -> list[Stream]:
+        """Flushes cut chunks at places of their own in every stream, and the last chunks differ, too."""
+        streams = [engine.open(options(chunk_ms, RandomDepth(seed=k), fill)) for k in chosen]
+        for turn in range(12):
+            for k, stream in zip(chosen, streams, strict=True):
+                engine.push(stream, recordings[k][turn * 4_000 : (turn + 1) * 4_000])
+                if (turn + k) % 3 == 0:
+                    engine.flush(stream)
+                if turn == 11:
+                    engine.finish(stream)
+            assert engine.step().failures == []
+        while not all(stream.ended for stream in streams):
+            assert engine.step().failures == []
+        return streams
+
+    crowd = Recorder(model, slots=5)
+    together = drive(crowd, [0, 1, 2, 3, 4])
+    for k in range(5):
+        alone = Recorder(model, slots=1)
+        (reference,) = drive(alone, [k])
+        seen, expected = crowd.seen[together[k]], alone.seen[reference]
+        assert seen.keys() == expected.keys()
+        assert together[k].total_macs == reference.total_macs
+        assert max(np.abs(seen[key] - expected[key]).max() for key in seen) < 1e-5
+
+
 def test_fixed_exit_costs_less_and_reads_that_exit(model: Model) -> None:
     samples = babble(4.0, seed=15)
     engine = Recorder(model, slots=1)

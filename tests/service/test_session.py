@@ -93,6 +93,23 @@ async def test_a_slow_reader_loses_interims_but_no_final_and_no_chunk() -> None:
     assert chunk_indices(updates) == list(range(13))
 
 
+async def test_a_chunk_in_many_messages_is_decoded_at_once_and_less_than_one_within_a_second() -> None:
+    engine = FakeEngine()
+    pushed: list[int] = []
+    push = engine.push
+    engine.push = lambda stream, samples: (pushed.append(len(samples)), push(stream, samples))[1]  # type: ignore
+    async with running(engine) as thread:
+        session = await opened(thread)
+        for _ in range(4):
+            await session.send_audio(bytes(5_120))
+        await until(lambda: sum(pushed) == 10_240)
+        assert pushed == [10_240]
+        await session.send_audio(bytes(5_120))
+        await until(lambda: len(pushed) == 2)
+        assert pushed[1] == 2_560
+        session.close()
+
+
 async def test_audio_waits_while_the_engine_is_behind() -> None:
     engine = FakeEngine()
     engine.paused = True

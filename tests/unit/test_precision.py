@@ -11,6 +11,7 @@ from asr_exit.config import FeatureConfig
 from asr_exit.engine import Engine
 from asr_exit.errors import ConfigError
 from asr_exit.features import windows_to_log_mel
+from asr_exit.packing import pack_linears
 from asr_exit.stream import Fill, StreamOptions
 from service.bench.streams import Streamed, stream_all
 from tests.conftest import babble, random_model
@@ -48,6 +49,16 @@ def test_the_model_stays_as_it_was() -> None:
     assert {parameter.dtype for parameter in backend.encoder.parameters()} == {torch.bfloat16}
     assert backend.encoder.feature_mean.dtype == torch.float32
     assert backend.pool.segments[0][0].keys.dtype == torch.bfloat16
+
+
+def test_packed_weights_multiply_like_plain_ones() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(32, 48).bfloat16().requires_grad_(False)
+    x = torch.randn(3, 5, 32).bfloat16()
+    plain = layer(x)
+    pack_linears(layer)
+    assert "forward" in vars(layer)
+    torch.testing.assert_close(layer(x), plain, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("fill", list(Fill))
