@@ -51,9 +51,13 @@ class BatchIndex:
     """Where the frames of one batch belong."""
 
     slots: Tensor  # (B,)
-    cells: Tensor  # (N,) ring cells of the real frames, stream after stream
-    real: Tensor | None = None  # (N,) places of the real frames among B * T; None: all are real
-    ends: Tensor | None = None  # (B,) frames of each row of what `set_conv` gets; None: all
+    cells: Tensor  # (N,) ring cells of the frames, stream after stream; those of padding are all the same spare one
+    kept: Tensor | None = None  # (B * h,) places of what `set_conv` keeps among B * (h + T); None: the last of each row
+
+
+def real_frames(frames: np.ndarray) -> np.ndarray:
+    """(N,) places among B * T of the frames that are no padding, in a batch of chunks `frames` (B,) long."""
+    return np.flatnonzero(np.arange(frames.max()) < frames[:, None])
 
 
 class LayerView:
@@ -63,11 +67,9 @@ class LayerView:
         self._cache, self._index = cache, index
 
     def write(self, keys: Tensor, values: Tensor) -> None:
-        """Write (B, T, H, E) keys and values in place, but for frames that are padding."""
-        for cache, new in ((self._cache.keys, keys), (self._cache.values, values)):
-            rows = new.flatten(0, 1)
-            rows = rows if self._index.real is None else rows.index_select(0, self._index.real)
-            cache.flatten(0, 1).index_copy_(0, self._index.cells, rows)
+        """Write (B, T, H, E) keys and values in place."""
+        self._cache.keys.flatten(0, 1).index_copy_(0, self._index.cells, keys.flatten(0, 1))
+        self._cache.values.flatten(0, 1).index_copy_(0, self._index.cells, values.flatten(0, 1))
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """`write`, and return (B, W, H, E) of everything held."""
@@ -81,12 +83,11 @@ class LayerView:
 
     def set_conv(self, gated: Tensor) -> None:
         """Keep the last h frames of (B, T, D), padding aside, after those held before where a row has fewer."""
-        halo, ends = self._cache.conv.shape[1], self._index.ends
-        if gated.shape[1] < halo or ends is not None:
+        halo, kept = self._cache.conv.shape[1], self._index.kept
+        if gated.shape[1] < halo or kept is not None:
             gated = torch.cat((self.conv_left(), gated), dim=1)
-        if ends is not None:
-            places = ends[:, None] + torch.arange(halo, device=ends.device)
-            gated = gated[torch.arange(len(ends), device=ends.device)[:, None], places]
+        if kept is not None:
+            gated = gated.flatten(0, 1).index_select(0, kept).unflatten(0, (len(gated), halo))
         self._cache.conv.index_copy_(0, self._index.slots, gated[:, gated.shape[1] - halo :])
 
 
@@ -110,8 +111,8 @@ class CachePool:
             return torch.full(shape, torch.nan, device=device, dtype=dtype)
 
         layers, head_dim = config.num_layers, config.d_model // heads
-        keys = poisoned(layers, slots, window, heads, head_dim)
-        values = poisoned(layers, slots, window, heads, head_dim)
+        keys = poisoned(layers, slots + 1, window, heads, head_dim)  # the last one takes what belongs nowhere
+        values = poisoned(layers, slots + 1, window, heads, head_dim)
         conv = poisoned(layers, slots, halo, config.d_model)
         self._by_layer = [keys, values, conv]
         self.segments = [
@@ -175,15 +176,21 @@ class CachePool:
         caches = self.segments[segment]
         start = caches[0].clock[slots]
         cells = [cache.advance(slots, frames)[0] for cache in caches]
-        index = BatchIndex(self._tensor(slots), self._tensor(cells[0]))
-        if frames.min() < frames.max():
-            index = BatchIndex(index.slots, index.cells, self.real_frames(frames), self._tensor(frames))
+        index, real, longest = BatchIndex(self._tensor(slots), self._tensor(cells[0])), None, int(frames.max())
+        if frames.min() < longest:
+            places = real_frames(frames)
+            padded = np.full(len(frames) * longest, caches[0].positions.size)  # the first cell of the spare slot
+            padded[places] = cells[0]
+            index = BatchIndex(index.slots, self._tensor(padded), self._kept(frames, longest))
+            real = self._tensor(places)
         context = self._context(start, caches[0].positions[slots], frames, chunk_frames)
-        return context, [LayerView(cache, index) for cache in caches], index.real
+        return context, [LayerView(cache, index) for cache in caches], real
 
-    def real_frames(self, frames: np.ndarray) -> Tensor:
-        """(N,) places among B * T of the frames that are no padding, in a batch of chunks `frames` (B,) long."""
-        return self._tensor(np.flatnonzero(np.arange(frames.max()) < frames[:, None]))
+    def _kept(self, ends: np.ndarray, longest: int) -> Tensor:
+        """`BatchIndex.kept` where row b of (B, longest) ends after `ends[b]` frames."""
+        halo = self.segments[0][0].conv.shape[1]
+        first = np.arange(len(ends)) * (halo + longest) + ends
+        return self._tensor((first[:, None] + np.arange(halo)).ravel())
 
     def begin_filling(
         self, segment: int, slots: np.ndarray, frames: np.ndarray
@@ -198,8 +205,10 @@ class CachePool:
         halo = max(1, caches[0].conv.shape[1])
         kept, ends = np.minimum(frames, halo), frames.cumsum()
         last = np.minimum((ends - kept)[:, None] + np.arange(kept.max()), ends[:, None] - 1)
-        short = kept.min() < kept.max()
-        index = BatchIndex(self._tensor(slots), self._tensor(cells), ends=self._tensor(kept) if short else None)
+        uneven = kept.min() < kept.max()
+        index = BatchIndex(
+            self._tensor(slots), self._tensor(cells), self._kept(kept, int(kept.max())) if uneven else None
+        )
         cos, sin = self._rotary(torch.from_numpy(positions)[None])
         return FrameContext(cos, sin, None, None), [LayerView(cache, index) for cache in caches], last
 
@@ -227,8 +236,9 @@ class CachePool:
         """Advance one segment's clocks over `frames` (B,) frames and remember nothing of them."""
         for cache in self.segments[segment]:
             cells, _ = cache.advance(slots, frames, hole=True)
-            index = BatchIndex(self._tensor(slots), self._tensor(cells), ends=self._tensor(frames))
-            LayerView(cache, index).set_conv(cache.conv.new_zeros(len(slots), int(frames.max()), cache.conv.shape[2]))
+            longest = int(frames.max())
+            index = BatchIndex(self._tensor(slots), self._tensor(cells), self._kept(frames, longest))
+            LayerView(cache, index).set_conv(cache.conv.new_zeros(len(slots), longest, cache.conv.shape[2]))
 
     def check_frontier(self, slots: np.ndarray) -> None:
         """Raise RuntimeError if a clock of one of (B,) slots increases with depth."""

@@ -62,8 +62,7 @@ class ConvSubsampling(nn.Module):
             if tails is None:  # zeros before the first frame; those after the last are never read, as T is even
                 x = F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
             else:
-                tail = tails[stage].to(x.dtype).contiguous(memory_format=torch.channels_last)
-                x = conv(torch.cat((tail, x), dim=2))
+                x = conv(_join(tails[stage].to(x.dtype), x))
             x = F.relu_(x)
         return self.out(x.permute(0, 2, 3, 1).flatten(2)), new_tails
 
@@ -74,6 +73,16 @@ class ConvSubsampling(nn.Module):
             frames //= 2
             total += frames * self.bands[stage + 1] * conv.weight.numel()
         return total + self.out.weight.numel()
+
+
+def _join(tail: Tensor, x: Tensor) -> Tensor:
+    """(B, channels, 1, bands) and (B, channels, T, bands) -> (B, channels, 1 + T, bands), channels-last in memory.
+
+    `torch.cat` would forget that about a single channel, and every convolution after it would take three times as long.
+    """
+    if torch.compiler.is_exporting():  # a graph has no memory layout
+        return torch.cat((tail, x), dim=2)
+    return torch.cat((tail.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)), dim=1).permute(0, 3, 1, 2)
 
 
 class _ShiftedDepthwise(torch.autograd.Function):

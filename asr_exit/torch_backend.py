@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asr_exit.cache import CachePool
+from asr_exit.cache import CachePool, real_frames
 from asr_exit.cost import SegmentMacs
 from asr_exit.encoder import Encoder
 from asr_exit.evidence import ExitScores, score
@@ -61,7 +61,7 @@ class TorchBackend:
         index = torch.from_numpy(slots).to(self.device)
         ends, real = None, None
         if frames.min() < longest:
-            ends, real = torch.from_numpy(frames).to(self.device), self.pool.real_frames(frames)
+            ends, real = torch.from_numpy(frames).to(self.device), torch.from_numpy(real_frames(frames)).to(self.device)
         states, tails = self.encoder.subsampling(batch.to(self.dtype), self.pool.swap_tails(index), ends)
         self.pool.swap_tails(index, tails)
         return _rows(states, real, frames)
