@@ -21,11 +21,15 @@ class Float32LogMel:
         """(B, N) float32 -> (B, T, num_mels) float32."""
         config, signal = self._config, torch.from_numpy(samples)
         keep = 1.0 - config.preemphasis
-        emphasised = torch.nn.functional.pad(signal[:, 1:] - config.preemphasis * signal[:, :-1], (1, 0))
+        emphasised = torch.add(signal[:, 1:], signal[:, :-1], alpha=-config.preemphasis)
+        emphasised = torch.nn.functional.pad(emphasised, (1, 0))
         windows = signal.unfold(1, config.window_samples, config.hop_samples)
         mean = windows.mean(dim=-1)
-        frames = emphasised.unfold(1, config.window_samples, config.hop_samples) - keep * mean[..., None]
+        padded = torch.zeros(*mean.shape, config.fft_size)
+        frames = padded[..., : config.window_samples]
+        torch.sub(emphasised.unfold(1, config.window_samples, config.hop_samples), keep * mean[..., None], out=frames)
         frames[..., 0] = keep * (windows[..., 0] - mean)
-        spectrum = torch.fft.rfft(frames.mul_(self._window), config.fft_size)
+        frames.mul_(self._window)
+        spectrum = torch.fft.rfft(padded)
         power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
         return (power @ self._filters).clamp_min_(ENERGY_FLOOR).log_().numpy()

@@ -236,7 +236,7 @@ def test_chunks_of_different_lengths_share_a_batch(model: Model, fill: Fill, chu
         seen, expected = crowd.seen[together[k]], alone.seen[reference]
         assert seen.keys() == expected.keys()
         assert together[k].total_macs == reference.total_macs
-        assert max(np.abs(seen[key] - expected[key]).max() for key in seen) < 1e-5
+        assert max(np.abs(seen[key] - expected[key]).max() for key in seen) < TOLERANCE
 
 
 def test_fixed_exit_costs_less_and_reads_that_exit(model: Model) -> None:
