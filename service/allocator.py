@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
@@ -26,6 +27,12 @@ def keep_freed_memory() -> bool:
         return False
     options = {_M_MMAP_THRESHOLD: _LARGEST_HEAP_BLOCK_BYTES, _M_TRIM_THRESHOLD: _KEEP_BYTES}
     return all(set_option(name, value) == 1 for name, value in options.items())
+
+
+def give_back_freed_memory() -> None:
+    """Hand what is kept for the next step back to the system after all; for a time when nobody waits."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def spare_what_stays() -> None:

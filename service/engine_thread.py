@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Event = Callable[[], None]
+_TIDY_AFTER_S = 0.2
 _PUT_BY_S = 0.5  # audio that completes no chunk lies around undecoded for so long, at most twice that
 
 
@@ -45,15 +46,21 @@ class EngineThread:
         batching: Batching | None = None,
         metrics: Metrics | None = None,
         prepare: Callable[[], None] | None = None,
+        tidy: Callable[[], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nobody else may touch `engine`. `post` and, at its start, `prepare` are called on this thread."""
+        """Nobody else may touch `engine`.
+
+        Called on this thread: `post`; `prepare` at its start; `tidy` once the last of the streams is gone and no other
+        came for a while.
+        """
         self._engine = engine
         self._post = post
         self._load = load
         self._metrics = metrics
         self._scheduler: Scheduler[Stream] = Scheduler(batching, clock)
-        self._prepare = prepare
+        self._prepare, self._tidy = prepare, tidy
+        self._tidy_at: float | None = None  # when to tidy if no stream comes
         self.clock = clock
         self._wake = threading.Condition()
         self._waiting: list[Feed] = []  # feeds with commands to carry out, in order of arrival; guarded by _wake
@@ -115,6 +122,10 @@ class EngineThread:
                         break
                     if self._feeds:
                         wait_s = _PUT_BY_S if wait_s is None else min(wait_s, _PUT_BY_S)
+                    elif self._tidy_at is not None:
+                        wait_s = self._tidy_at - self.clock()
+                        if wait_s <= 0.0:
+                            break
                     self._wake.wait(wait_s)
                 if self._stopping:
                     break
@@ -130,6 +141,9 @@ class EngineThread:
             elif self._may_catch_up:
                 self._may_catch_up = self._catch_up()
             self._flush()
+            if self._tidy and self._tidy_at is not None and not self._feeds and self.clock() >= self._tidy_at:
+                self._tidy_at = None
+                self._tidy()
         error = StreamError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: connect again later")
         with self._wake:
             unserved = {*self._feeds.values(), *self._waiting}
@@ -244,6 +258,7 @@ class EngineThread:
         feed.closed = True
         if feed.stream is not None:
             self._feeds.pop(feed.stream, None)
+            self._tidy_at = self.clock() + _TIDY_AFTER_S if self._tidy else None
             self._scheduler.withdraw(feed.stream)
             try:
                 self._engine.close(feed.stream)

@@ -19,7 +19,7 @@ from asr_exit.load_control import LoadController
 from asr_exit.stream import StreamOptions
 from service import wire
 from service.admission import Admission
-from service.allocator import spare_what_stays
+from service.allocator import give_back_freed_memory, spare_what_stays
 from service.auth import Clients, TokenFile, TokenInterceptor
 from service.device import pick_device, pick_precision
 from service.engine_thread import EngineThread, Event
@@ -80,6 +80,7 @@ class SpeechServer:
                 batching=self._config.batching,
                 metrics=self.metrics,
                 prepare=self._limit_threads,
+                tidy=give_back_freed_memory,
             )
             for index, engine in enumerate(self.engines)
         ]
