@@ -86,7 +86,7 @@ def score(
     scores: dict[int, ExitScores] = {}
     for length in lengths:
         rows = np.flatnonzero(frames == length)
-        ours = judge([values[rows, :length] for values in found], [previous[row] for row in rows])
+        ours = judge([values[rows, :length] for values in found], [previous[row] for row in rows.tolist()])
         scores.update(zip(rows.tolist(), ours, strict=True))
     return [scores[row] for row in range(len(scores))]
 
