@@ -11,6 +11,7 @@ from typing import Any
 from asr_exit.augment import AugmentConfig
 from asr_exit.config import ModelConfig, from_mapping, require
 from asr_exit.data import BatchPlan
+from asr_exit.optimizer import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class TrainConfig:
     stage_warmup_updates: int = 50
     decay_from: float = 0.4  # share of the run; before it the stage's learning rate holds
     final_learning_rate: float = 0.02  # share of the stage's
+    optimizer: str = "adamw"  # or "muon", for the matrices inside the layers
     weight_decay: float = 0.02
     clip_norm: float = 1.0
     ema_decay: float = 0.999
@@ -95,6 +97,7 @@ class TrainConfig:
             len(self.exit_weights) in (0, self.model.num_exits) and all(weight > 0 for weight in self.exit_weights),
             f"exit_weights must be {self.model.num_exits} positive numbers, or none",
         )
+        require(self.optimizer in OPTIMIZERS, f"optimizer must be {' or '.join(OPTIMIZERS)}")
         require(self.accumulate >= 1, "accumulate must be at least 1")
 
     @classmethod

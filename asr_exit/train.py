@@ -21,6 +21,7 @@ from asr_exit.data import Batch, BatchStream, FeatureStore, Position
 from asr_exit.encoder import Encoder
 from asr_exit.errors import CheckpointError, ConfigError, EngineError
 from asr_exit.objective import Draw, draw, objective
+from asr_exit.optimizer import Optimizers
 from asr_exit.parallel import Group
 from asr_exit.reporting import Reporter
 from asr_exit.run_folder import RunFolder
@@ -94,14 +95,7 @@ class Trainer:
         self.model.to(self.device).train()
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self._parameters = list(self.model.parameters())
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        plain = [p for p in self.model.parameters() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=1e-3,
-            betas=(0.9, 0.98),
-            fused=True,
-        )
+        self.optimizer = Optimizers(self.model, config.optimizer, config.weight_decay)
         self.progress = Progress()
         self._measured_at = 0.0  # when wall-clock time was booked last
         first = self.group.rank == 0
@@ -184,9 +178,8 @@ class Trainer:
         finite (skipped)."""
         progress = self.progress
         rate = self.config.learning_rate(stage, self._share(), progress.updates, progress.stage_updates)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.learning_rate = rate
+        self.optimizer.zero_grad()
         drawn = draw(self.config, stage, progress.updates)
         total: Tensor | None = None
         for batch in batches:
@@ -313,7 +306,7 @@ class Trainer:
                         audio_seconds_per_second=rate,
                         losses=losses,
                         norm=result[1] if result else float("nan"),
-                        learning_rate=self.optimizer.param_groups[0]["lr"] * 1000,
+                        learning_rate=self.optimizer.learning_rate * 1000,
                         minutes=progress.wall_seconds / 60,
                     )
                     self.report.advance(share, hours, rate, losses)
