@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 from asr_exit.augment import AugmentConfig
@@ -9,6 +10,7 @@ from asr_exit.config import ModelConfig
 from asr_exit.schedule import Stage, TrainConfig
 
 LIBRISPEECH_MODEL = ModelConfig()
+CORPUS_SHARES = (("speechocean762", 0.6), ("synthetic", 0.4), ("an4", 0.5))
 
 
 def tiny() -> TrainConfig:
@@ -48,7 +50,7 @@ def local() -> TrainConfig:
         decay_from=0.6,
         shallow_probability=0.3,
         random_depth_probability=0.2,
-        corpus_shares=(("speechocean762", 0.6), ("synthetic", 0.4), ("an4", 0.5)),
+        corpus_shares=CORPUS_SHARES,
         augment=AugmentConfig(freq_warp=0.12, time_warp=0.15, noise_probability=0.1),
     )
 
@@ -68,7 +70,7 @@ def continued() -> TrainConfig:
         shallow_probability=0.25,
         random_depth_probability=0.2,
         consistency_weight=0.2,
-        corpus_shares=(("speechocean762", 0.6), ("synthetic", 0.4), ("an4", 0.5)),
+        corpus_shares=CORPUS_SHARES,
         augment=AugmentConfig(
             freq_warp=0.12,
             time_warp=0.15,
@@ -77,6 +79,19 @@ def continued() -> TrainConfig:
             time_mask_frames=30,
             time_masked_share=0.35,
         ),
+    )
+
+
+def deepened() -> TrainConfig:
+    """More of `continued` with `--start-from MODEL`: all 12 layers from the start, Muon, more weight on deep exits."""
+    return dataclasses.replace(
+        continued(),
+        name="deepened",
+        stages=(Stage(1.0, 6, 90.0, 17.0, True, 1.5e-3),),
+        optimizer="muon",
+        decay_from=0.3,
+        shallow_probability=0.2,
+        exit_weights=(1.0, 1.0, 1.0, 1.2, 1.4, 2.0),
     )
 
 
@@ -101,5 +116,5 @@ def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[
 
 
 CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
-    f.__name__: f for f in (tiny, mini5, local, continued, clean100, full960)
+    f.__name__: f for f in (tiny, mini5, local, continued, deepened, clean100, full960)
 }
