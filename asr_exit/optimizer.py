@@ -1,4 +1,4 @@
-"""The optimisers of a run behind one face: AdamW alone, or Muon for the matrices inside the layers and AdamW for the rest."""
+"""The optimisers of a run behind one face: AdamW; or Muon for the matrices in the layers and AdamW for the rest."""
 
 from __future__ import annotations
 

@@ -1,0 +1,70 @@
+"""The optimisers of a training run."""
+
+import copy
+
+import pytest
+import torch
+
+from asr_exit.config import ModelConfig
+from asr_exit.encoder import Encoder
+from asr_exit.errors import ConfigError
+from asr_exit.optimizer import OPTIMIZERS, Optimizers
+from asr_exit.schedule import TrainConfig
+
+
+def small() -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(ModelConfig(vocab_size=20, d_model=16, ff_dim=32, num_heads=2, num_layers=4, subsampling_channels=4))
+
+
+def step(model: Encoder, optimizers: Optimizers, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizers.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
+    model = small()
+    optimizers = Optimizers(model, name, 0.1)
+    held = [id(p) for o in optimizers.all for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, model.parameters()))
+    assert (len(optimizers.all) == 2) == (name == "muon")
+    optimizers.learning_rate = 0.5
+    assert {group["lr"] for o in optimizers.all for group in o.param_groups} == {0.5}
+    assert optimizers.learning_rate == 0.5
+
+
+def test_muon_turns_a_matrix_by_an_orthogonal_step_of_adams_size() -> None:
+    """All singular values of the step are near one another, and its root mean square is 0.2 of the learning rate."""
+    model = small()
+    optimizers = Optimizers(model, "muon", 0.0)
+    optimizers.learning_rate = 0.01
+    weight = model.segments[0].layers[0].ff_in.up.weight
+    head = model.segments[0].head.out.weight
+    before, head_before = weight.detach().clone(), head.detach().clone()
+    step(model, optimizers, 1)
+    moved = (weight - before).detach()
+    singular = torch.linalg.svdvals(moved)
+    assert singular.max() < 2.0 * singular.min()
+    assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.25)
+    assert (head - head_before).abs().max().item() == pytest.approx(0.01, rel=0.01)  # AdamW's first step is a sign
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_saved_state_goes_on_to_the_last_bit(name: str) -> None:
+    model, other = small(), small()
+    optimizers, resumed = Optimizers(model, name, 0.1), Optimizers(other, name, 0.1)
+    step(model, optimizers, 1)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizers.state_dict()))
+    for trained, optimizer in ((model, optimizers), (other, resumed)):
+        step(trained, optimizer, 2)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_other_names_are_refused() -> None:
+    with pytest.raises(ConfigError, match="adamw or muon"):
+        TrainConfig(name="x", hours=1.0, optimizer="sgd")
