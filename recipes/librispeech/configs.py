@@ -33,7 +33,7 @@ def tiny() -> TrainConfig:
 
 def mini5() -> TrainConfig:
     """train-clean-5 on a laptop: 150 h of audio seen, about 45 minutes on two cores (projected)."""
-    return TrainConfig(name="mini5", model=LIBRISPEECH_MODEL, hours=150.0, stages=_grown(0.15, 0.35))
+    return TrainConfig(name="mini5", model=LIBRISPEECH_MODEL, optimizer="muon", hours=150.0, stages=_grown(0.15, 0.35))
 
 
 def local() -> TrainConfig:
@@ -47,6 +47,7 @@ def local() -> TrainConfig:
             Stage(0.035, 2, 60.0, 12.0, True, 2e-3),
             Stage(1.0, 6, 70.0, 17.0, True, 1.8e-3),
         ),
+        optimizer="muon",
         decay_from=0.6,
         shallow_probability=0.3,
         random_depth_probability=0.2,
@@ -97,12 +98,16 @@ def deepened() -> TrainConfig:
 
 def clean100() -> TrainConfig:
     """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
-    return TrainConfig(name="clean100", model=LIBRISPEECH_MODEL, hours=3000.0, stages=_grown(0.05, 0.15))
+    return TrainConfig(
+        name="clean100", model=LIBRISPEECH_MODEL, optimizer="muon", hours=3000.0, stages=_grown(0.05, 0.15)
+    )
 
 
 def full960() -> TrainConfig:
     """All 960 hours: 40,000 h of audio seen; meant for an accelerator (projected, not run)."""
-    return TrainConfig(name="full960", model=LIBRISPEECH_MODEL, hours=40_000.0, stages=_grown(0.01, 0.03, 400.0))
+    return TrainConfig(
+        name="full960", model=LIBRISPEECH_MODEL, optimizer="muon", hours=40_000.0, stages=_grown(0.01, 0.03, 400.0)
+    )
 
 
 def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[Stage, ...]:
