@@ -42,6 +42,18 @@ class Group:
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
         return [float(x) for x in flat[len(flat) - len(extras) :]]
 
+    @torch.no_grad()
+    def exchange(self, shares: Sequence[Sequence[Tensor]]) -> None:
+        """Give every process the values that process r holds of the tensors in `shares[r]`, in place."""
+        if self.size == 1:
+            return
+        for rank, tensors in enumerate(shares):
+            if tensors:
+                flat = torch.cat([tensor.flatten() for tensor in tensors])
+                dist.broadcast(flat, rank)
+                parts = flat.split([tensor.numel() for tensor in tensors])
+                torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
+
     def gather(self, item: Any) -> list[Any]:
         """`item` of every process, in rank order."""
         if self.size == 1:

@@ -95,7 +95,7 @@ class Trainer:
         self.model.to(self.device).train()
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self._parameters = list(self.model.parameters())
-        self.optimizer = Optimizers(self.model, config.optimizer, config.weight_decay)
+        self.optimizer = Optimizers(self.model, config.optimizer, config.weight_decay, self.group)
         self.progress = Progress()
         self._measured_at = 0.0  # when wall-clock time was booked last
         first = self.group.rank == 0
@@ -179,7 +179,7 @@ class Trainer:
         progress = self.progress
         rate = self.config.learning_rate(stage, self._share(), progress.updates, progress.stage_updates)
         self.optimizer.learning_rate = rate
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(self._parameters)
         drawn = draw(self.config, stage, progress.updates)
         total: Tensor | None = None
         for batch in batches:

@@ -27,7 +27,9 @@ def state_of(run: Path) -> tuple[dict[str, dict], dict[str, object]]:
     """Every tensor that a run needs to go on, and where it stands (without the time that it took)."""
     state = torch.load(run / "state.pt", weights_only=True)
     state["progress"].pop("wall_seconds")
-    return {"model": state["model"], "ema": state["ema"], "moments": state["optimizer"]["state"]}, state["progress"]
+    return {"model": state["model"], "ema": state["ema"], "moments": state["optimizer"]["adamw"]["state"]}, state[
+        "progress"
+    ]
 
 
 def test_overfits_to_no_errors_at_every_exit(tiny_run: Path) -> None:
@@ -110,6 +112,9 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
     (two, _), (alone, _) = map(state_of, (tmp_path / "two", tmp_path / "one"))
     for part in ("model", "ema"):
         torch.testing.assert_close(two[part], alone[part], rtol=0, atol=1e-5)
+    # Each process did half of Muon's matrices (worker.py compares the weights); the state holds all, 8 in each layer.
+    muon = torch.load(tmp_path / "two" / "muon" / "state.pt", weights_only=True)
+    assert sorted(muon["optimizer"]["momentum"]) == list(range(4 * 8))
 
 
 def test_data_that_does_not_fit_is_refused(data: Path, tmp_path: Path) -> None:

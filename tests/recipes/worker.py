@@ -64,6 +64,11 @@ def group(data: Path, out: Path) -> None:
     """Train in the processes that torchrun started."""
     processes = Group.from_environment()
     Trainer(group_config(), data, out, group=processes, max_updates=GROUP_UPDATES).run()
+    config = dataclasses.replace(group_config(), optimizer="muon")
+    shared = Trainer(config, data, out / "muon", group=processes, max_updates=2)
+    shared.run()
+    sums = [float(p.detach().double().sum()) for p in shared.model.parameters()]
+    assert processes.gather(sums) == [sums, sums], "the processes have different weights"
     processes.close()
 
 

@@ -1,6 +1,7 @@
 """The optimisers of a training run."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from asr_exit.config import ModelConfig
 from asr_exit.encoder import Encoder
 from asr_exit.errors import ConfigError
 from asr_exit.optimizer import OPTIMIZERS, Optimizers
+from asr_exit.parallel import Group
 from asr_exit.schedule import TrainConfig
 
 
@@ -63,6 +65,35 @@ def test_a_saved_state_goes_on_to_the_last_bit(name: str) -> None:
         step(trained, optimizer, 2)
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class OneOfTwo(Group):
+    """A process of two that hears nothing from the other."""
+
+    def exchange(self, shares: object) -> None:
+        pass
+
+    def gather(self, item: Any) -> list[Any]:
+        return [item]
+
+
+def test_two_processes_share_the_work_of_one() -> None:
+    """Exactly one of them steps a matrix, as it would be alone; and a state is that of any number of processes."""
+    alone, halves = small(), [small(), small()]
+    whole = Optimizers(alone, "muon", 0.1)
+    parts = [Optimizers(model, "muon", 0.1, OneOfTwo(rank, 2)) for rank, model in enumerate(halves)]
+    start = [matrix.detach().clone() for matrix in whole.matrices]
+    for model, optimizers in ((alone, whole), *zip(halves, parts, strict=True)):
+        step(model, optimizers, 1)
+    for index, (before, after) in enumerate(zip(start, whole.matrices, strict=True)):
+        theirs = [part.matrices[index] for part in parts]
+        assert sorted(torch.equal(matrix, after) for matrix in theirs) == [False, True]
+        assert sorted(torch.equal(matrix, before) for matrix in theirs) == [False, True]
+    momentum = [part.state_dict()["momentum"] for part in parts]
+    merged, expected = momentum[0] | momentum[1], whole.state_dict()["momentum"]
+    assert sorted(merged) == sorted(expected) == list(range(len(start)))
+    assert len(momentum[0]) + len(momentum[1]) == len(start)
+    assert all(torch.equal(merged[index], expected[index]) for index in expected)
 
 
 def test_other_names_are_refused() -> None:
