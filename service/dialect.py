@@ -35,8 +35,24 @@ class Dialect(Protocol):
     def parts(self, message: Any) -> Iterable[Part]:
         """Reads a later message. Raises StreamError or ConfigError."""
 
-    def respond(self, update: Update) -> Any | None:
-        """Writes an update; None when there is nothing to say in this protocol."""
+    def respond(self, update: Update) -> Iterable[Any]:
+        """Writes an update, as none, one or more messages."""
+
+
+def first_config(message: Any) -> Any:
+    """The `streaming_config` of a call's first message. Raises StreamError when it carries something else."""
+    kind = message.WhichOneof("streaming_request")
+    if kind != "streaming_config":
+        raise invalid(f"the first message carries {kind or 'nothing'}: it must carry streaming_config")
+    return message.streaming_config
+
+
+def later_kind(message: Any) -> str | None:
+    """Which field a later message carries, if any. Raises StreamError for a second configuration."""
+    kind = message.WhichOneof("streaming_request")
+    if kind == "streaming_config":
+        raise invalid("streaming_config was sent twice: it belongs into the first message only")
+    return kind
 
 
 class NativeDialect:
@@ -49,29 +65,24 @@ class NativeDialect:
 
     def configure(self, message: pb.StreamingRecognizeRequest) -> StreamRequest:
         """See Dialect."""
-        kind = message.WhichOneof("streaming_request")
-        if kind != "streaming_config":
-            raise invalid(f"the first message carries {kind or 'nothing'}: it must carry streaming_config")
-        request = wire.parse_config(message.streaming_config, self._defaults, self._model)
+        request = wire.parse_config(first_config(message), self._defaults, self._model)
         self._word_times = request.word_times
         return request
 
     def parts(self, message: pb.StreamingRecognizeRequest) -> Iterable[Part]:
         """See Dialect."""
-        kind = message.WhichOneof("streaming_request")
+        kind = later_kind(message)
         if kind == "audio_content":
             return (message.audio_content,)
         if kind == "control" and message.control.WhichOneof("command") == "compute_budget":
             return (wire.parse_budget(message.control.compute_budget),)
         if kind == "control" and message.control.WhichOneof("command") == "flush":
             return (EndUtterance(),)
-        if kind == "streaming_config":
-            raise invalid("streaming_config was sent twice: it belongs into the first message only")
         raise invalid(f"a message with an empty {kind or 'request'}: send audio_content or a control command")
 
-    def respond(self, update: Update) -> pb.StreamingRecognizeResponse:
+    def respond(self, update: Update) -> Iterable[pb.StreamingRecognizeResponse]:
         """See Dialect."""
         message = wire.response(update, word_times=self._word_times, first=self._first)
         result = message.results[0]
         self._first = self._first and not (result.is_final and result.alternatives)
-        return message
+        return (message,)

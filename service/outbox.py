@@ -38,6 +38,17 @@ class Update:
         """True for what must reach the client; the rest is replaced by what comes after it."""
         return self.result.is_final or self.result.end_of_stream
 
+    @property
+    def text(self) -> str:
+        """All the words of the utterance, settled or not."""
+        return " ".join(part for part in (self.result.committed, self.result.tail) if part)
+
+    @property
+    def confidence(self) -> float:
+        """Mean over the words, 0 to 1; 0 without words."""
+        words = self.result.words
+        return sum(word.confidence for word in words) / len(words) if words else 0.0
+
 
 class Outbox:
     """Belongs to the event loop. An unread interim result gives way to the next one, which takes over its chunks."""

@@ -23,6 +23,7 @@ from service.allocator import give_back_freed_memory, spare_what_stays
 from service.auth import Clients, TokenFile, TokenInterceptor
 from service.device import pick_device, pick_precision
 from service.engine_thread import EngineThread, Event
+from service.google_speech import google_handler
 from service.language_model import ServedLanguageModel
 from service.load import LoadMonitor
 from service.metrics import Metrics
@@ -106,7 +107,8 @@ class SpeechServer:
             ],
         )
         speech_pb2_grpc.add_SpeechServicer_to_server(self.servicer, self._server)
-        self._server.add_generic_rpc_handlers((riva.handler(),))
+        google = google_handler(self._model, self._config.stream, self.servicer)
+        self._server.add_generic_rpc_handlers((riva.handler(), google))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         listen = self._config.listen

@@ -147,9 +147,10 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
     ) -> None:
         """Engine to client."""
         while (update := await session.receive()) is not None:
-            message = dialect.respond(update)
-            if message is not None:
+            for message in dialect.respond(update):
                 await self._send(context, message, patience)
+            if session.request.single_utterance and update.result.is_final and update.text:
+                return
 
     async def _send(self, context: grpc.aio.ServicerContext, message: Any, patience: Patience) -> None:
         """Waits for a client that reads slowly, but not for ever."""

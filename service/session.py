@@ -39,6 +39,7 @@ class StreamRequest:
     interim_results: bool
     word_times: bool
     language_model_weight: float | None = None  # None: the server's; 0: without
+    single_utterance: bool = False  # the first final result with words is the last
 
 
 class Session:

@@ -157,16 +157,14 @@ def response(update: Update, *, word_times: bool, first: bool) -> pb.StreamingRe
     """One update as a response. `first` says that no final transcript was sent before, so no space is needed."""
     result = update.result
     newest = update.chunks[-1]
-    text = " ".join(part for part in (result.committed, result.tail) if part)
     alternatives = []
     space = "" if first else " "
-    if text:
-        words = result.words
+    if update.text:
         alternatives.append(
             pb.SpeechRecognitionAlternative(
-                transcript=space + text,
-                confidence=sum(word.confidence for word in words) / len(words) if words else 0.0,
-                words=[_word(word) for word in words] if word_times else [],
+                transcript=space + update.text,
+                confidence=update.confidence,
+                words=[_word(word) for word in result.words] if word_times else [],
             )
         )
     return pb.StreamingRecognizeResponse(

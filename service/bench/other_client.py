@@ -1,4 +1,4 @@
-"""NVIDIA's own Riva client against our own: the same text, and the same word times, file by file."""
+"""Others' own clients (NVIDIA's for Riva, Google's) against ours: the same text and word times, file by file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,26 @@ from asr_exit.config import require
 from asr_exit.errors import ConfigError
 from service.client import Caption, SpeechClient, StreamSettings
 
-CLIENT = Path(__file__).with_name("riva_client.py")
 WORD_TIME_BAR_MS = 80.0
 
 
 @dataclass(frozen=True)
-class RivaReport:
+class OtherClient:
+    """A client that is not ours, for an interpreter in an environment of its own."""
+
+    name: str
+    package: str  # which has it, in the package registry
+    script: Path  # runs it; prints one JSON object about it, then one for each file
+
+
+CLIENTS = {
+    "riva": OtherClient("Riva's client", "nvidia-riva-client", Path(__file__).with_name("riva_client.py")),
+    "google": OtherClient("Google's client", "google-cloud-speech", Path(__file__).with_name("google_client.py")),
+}
+
+
+@dataclass(frozen=True)
+class ClientReport:
     """What the comparison found; paths of the files that differ."""
 
     files: int
@@ -26,28 +40,28 @@ class RivaReport:
     streaming_texts_differ: list[str]
     offline_texts_differ: list[str]
     largest_time_error_ms: float  # of a word's start or end, where the texts agree
-    errors: dict[str, str | None]  # status of provoked errors, as grpc.RpcError
-    models: list[str]
+    errors: dict[str, str | None]  # status of provoked errors, as the client's own exceptions
+    models: list[str] | None  # None: the API lists none
 
     @property
     def holds(self) -> bool:
-        """Same texts, word times within the bar, errors and models as Riva's client expects them."""
+        """Same texts, word times within the bar, errors and models as the client expects them."""
         same = not self.streaming_texts_differ and not self.offline_texts_differ
-        served = set(self.errors.values()) == {"INVALID_ARGUMENT"} and bool(self.models)
+        served = set(self.errors.values()) == {"INVALID_ARGUMENT"} and self.models != []
         return same and self.largest_time_error_ms <= WORD_TIME_BAR_MS and served
 
 
-def check_riva(
-    address: str, python: str, paths: Sequence[Path], on_done: Callable[[], None] = lambda: None
-) -> RivaReport:
+def check_client(
+    other: OtherClient, address: str, python: str, paths: Sequence[Path], on_done: Callable[[], None] = lambda: None
+) -> ClientReport:
     """Recognise `paths` with both clients at the server listening at `address`.
 
     Args:
-        python: interpreter of an environment that has nvidia-riva-client.
+        python: interpreter of an environment that has the other client.
     Raises ConfigError when it has not, or its client fails; AudioError; ServiceError.
     """
     require(bool(paths), "there are no recordings to compare")
-    command = [python, str(CLIENT), address, *map(str, paths)]
+    command = [python, str(other.script), address, *map(str, paths)]
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     except OSError as error:
@@ -56,9 +70,7 @@ def check_riva(
         assert process.stdout is not None
         about = process.stdout.readline()
         if not about:
-            raise ConfigError(
-                f"Riva's client failed; does {python} have it? {python} -m pip install nvidia-riva-client"
-            )
+            raise ConfigError(f"{other.name} failed; does {python} have it? {python} -m pip install {other.package}")
         described = json.loads(about)
         streaming: list[str] = []
         offline: list[str] = []
@@ -73,9 +85,9 @@ def check_riva(
                 else:
                     differing.append(str(path))
             on_done()
-    require(process.returncode == 0, "Riva's client failed before the last file; see its message above")
-    models = [name for name, _ in described["models"]]
-    return RivaReport(len(paths), words, streaming, offline, largest, described["errors"], models)
+    require(process.returncode == 0, f"{other.name} failed before the last file; see its message above")
+    models = [name for name, _ in described["models"]] if "models" in described else None
+    return ClientReport(len(paths), words, streaming, offline, largest, described["errors"], models)
 
 
 def _our_own(client: SpeechClient, path: Path) -> tuple[str, list[tuple[str, float, float]]]:

@@ -1,10 +1,11 @@
-"""The measurements of `asr-exit bench` that are about clients: the word at the endpoint, and Riva's own client."""
+"""The measurements of `asr-exit bench` that are about clients: the word at the endpoint, and the clients of others."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 COLUMNS = ("", "words", "substituted", "deleted", "inserted")
@@ -21,12 +22,19 @@ def add_kinds(kinds: Any) -> dict[argparse.ArgumentParser, Callable[[argparse.Na
     endpoint.add_argument(
         "--on-grid", action="store_true", help="choose silences that let the second one begin with a chunk"
     )
-    riva = kinds.add_parser("riva", help="NVIDIA's own Riva client against our own")
-    add_recordings_options(riva)
-    riva.add_argument(
-        "--python", required=True, metavar="PATH", help="interpreter of an environment with nvidia-riva-client"
-    )
-    return {endpoint: _endpoint, riva: _riva}
+    runs: dict[argparse.ArgumentParser, Callable[[argparse.Namespace], int]] = {endpoint: _endpoint}
+    others = {
+        "riva": ("NVIDIA's Riva client", "nvidia-riva-client"),
+        "google": ("Google's Speech-to-Text client", "google-cloud-speech"),
+    }
+    for kind, (whose, package) in others.items():
+        parser = kinds.add_parser(kind, help=f"{whose} against our own")
+        add_recordings_options(parser)
+        parser.add_argument(
+            "--python", required=True, metavar="PATH", help=f"interpreter of an environment with {package}"
+        )
+        runs[parser] = partial(_other_client, kind)
+    return runs
 
 
 def _endpoint(arguments: argparse.Namespace) -> int:
@@ -78,15 +86,16 @@ def _endpoint(arguments: argparse.Namespace) -> int:
     return print_report(arguments, device, model.name, values, found.holds, title, COLUMNS, cells, notes)
 
 
-def _riva(arguments: argparse.Namespace) -> int:
+def _other_client(kind: str, arguments: argparse.Namespace) -> int:
     from asr_exit.config import from_mapping
     from service.background import BackgroundServer
-    from service.bench.other_client import WORD_TIME_BAR_MS, check_riva
+    from service.bench.other_client import CLIENTS, WORD_TIME_BAR_MS, check_client
     from service.cli.bench import print_report, progress_bar
     from service.cli.options import load_model
     from service.cli.recordings import list_recordings
     from service.config import ServeConfig
 
+    other = CLIENTS[kind]
     paths = [utterance.path for utterance in list_recordings(arguments)]
     model, device = load_model(arguments)
     tables = {
@@ -99,15 +108,15 @@ def _riva(arguments: argparse.Namespace) -> int:
         BackgroundServer(model, from_mapping(ServeConfig, tables)) as server,
         progress_bar("files", len(paths)) as advance,
     ):
-        found = check_riva(server.address, arguments.python, paths, advance)
+        found = check_client(other, server.address, arguments.python, paths, advance)
     cells = [
         ("files", found.files),
         ("words", found.words),
         ("streaming texts that differ from ours", len(found.streaming_texts_differ)),
         ("offline texts that differ from ours", len(found.offline_texts_differ)),
         (f"largest difference of a word's times, ms (bar: {WORD_TIME_BAR_MS:g})", f"{found.largest_time_error_ms:g}"),
-        ("models listed", ", ".join(found.models)),
+        ("models listed", ", ".join(found.models or ["none: not in this API"])),
         ("provoked errors", ", ".join(f"{name}: {status}" for name, status in found.errors.items())),
     ]
     values = asdict(found) | {"word_time_bar_ms": WORD_TIME_BAR_MS}
-    return print_report(arguments, device, model.name, values, found.holds, "Riva's client", ("", ""), cells, [])
+    return print_report(arguments, device, model.name, values, found.holds, other.name, ("", ""), cells, [])

@@ -24,7 +24,8 @@ from asr_exit.errors import AudioError
 from service.audio_input import AudioFormat, AudioInput
 from service.background import BackgroundServer
 from service.client import SpeechClient
-from service.pb import riva_pb2, speech_pb2
+from service.google_speech import SERVICE_NAME as GOOGLE
+from service.pb import google_speech_pb2, riva_pb2, speech_pb2
 from service.riva import SERVICE_NAME as RIVA
 from service.unpack import Unpacker
 from tests.conftest import babble
@@ -160,6 +161,36 @@ riva_later = st.builds(Riva, audio_content=audio_bytes(), runtime_config=mostly(
     Riva, runtime_config=custom
 )
 
+google_config = st.builds(
+    google_speech_pb2.RecognitionConfig,
+    encoding=mostly(1, st.integers(0, 10)) | st.just(0),
+    sample_rate_hertz=mostly(16_000, number) | st.just(0),
+    language_code=mostly("en-US", text),
+    model=mostly("", text),
+    max_alternatives=number,
+    audio_channel_count=mostly(0, number),
+    enable_word_time_offsets=st.booleans(),
+    enable_word_confidence=st.booleans(),
+    speech_contexts=mostly(
+        [], st.lists(st.builds(google_speech_pb2.SpeechContext, phrases=phrases, boost=boost), max_size=2)
+    ),
+)
+Google = google_speech_pb2.StreamingRecognizeRequest
+google_first = st.builds(
+    Google,
+    streaming_config=st.builds(
+        google_speech_pb2.StreamingRecognitionConfig,
+        config=google_config,
+        interim_results=st.booleans(),
+        single_utterance=st.booleans(),
+        enable_voice_activity_events=mostly(False, st.just(True)),
+    ),
+)
+google_later = st.builds(Google, audio_content=audio_bytes()) | mostly(Google(), google_first)
+google_audio = st.builds(google_speech_pb2.RecognitionAudio, content=audio_bytes()) | st.builds(
+    google_speech_pb2.RecognitionAudio, uri=text
+)
+
 
 def serialized(first, later, split: bool = True):
     """A call as bytes: a configuration and what follows, audio in one piece or in many; now and then in disorder."""
@@ -184,6 +215,13 @@ CALLS = (
     | st.tuples(
         st.just(f"/{RIVA}/Recognize"),
         st.builds(riva_pb2.RecognizeRequest, config=riva_config, audio=audio_bytes()).map(
+            lambda request: [request.SerializeToString()]
+        ),
+    )
+    | st.tuples(st.just(f"/{GOOGLE}/StreamingRecognize"), serialized(google_first, google_later))
+    | st.tuples(
+        st.just(f"/{GOOGLE}/Recognize"),
+        st.builds(google_speech_pb2.RecognizeRequest, config=google_config, audio=google_audio).map(
             lambda request: [request.SerializeToString()]
         ),
     )

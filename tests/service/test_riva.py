@@ -7,28 +7,24 @@ ASR_EXIT_RIVA_PYTHON=/path/to/python. Without that, this interpreter is tried.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
-import soundfile
 
 from asr_exit.checkpoint import Model
-from asr_exit.stream import StepOutput
 from service.background import BackgroundServer
-from service.bench.other_client import CLIENT
-from service.client import Caption, SpeechClient, StreamSettings
+from service.bench.other_client import CLIENTS
+from service.client import Caption
 from service.pb import riva_pb2 as pb
 from service.riva import SERVICE_NAME
 from tests.conftest import babble
-from tests.service.conftest import parts, pcm16, serve_config
+from tests.service.conftest import macs_spent, own_finals, parts, pcm16, python_with, write_wav
+from tests.service.test_streaming import text_of
 
 AUDIO = babble(6.3, seed=1)
 DATA = pcm16(AUDIO)
@@ -36,20 +32,12 @@ DATA = pcm16(AUDIO)
 
 @pytest.fixture(scope="module")
 def wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("riva") / "talk.wav"
-    soundfile.write(path, np.frombuffer(DATA, "<i2"), 16_000, subtype="PCM_16")
-    return path
+    return write_wav(tmp_path_factory.mktemp("riva") / "talk.wav", DATA)
 
 
 @pytest.fixture(scope="module")
 def native(server: BackgroundServer) -> list[Caption]:
-    with SpeechClient(server.address) as client:
-        captions = list(client.stream(parts(DATA), StreamSettings(word_times=True)))
-    return [caption for caption in captions if caption.is_final and caption.text]
-
-
-def text_of(captions: Iterable[Caption]) -> str:
-    return " ".join(caption.text for caption in captions)
+    return own_finals(server, DATA)
 
 
 class Riva:
@@ -180,21 +168,7 @@ def test_budgets_reach_the_engine(model: Model) -> None:
         metadata: tuple[tuple[str, str], ...] = (),
         on_step: Callable[[], None] = lambda: None,
     ) -> int:
-        with BackgroundServer(model, serve_config(stream={"policy": "full"})) as server:
-            macs: list[int] = []
-            (engine,) = server.server.engines
-            step = engine.step
-
-            def counted(*given: object) -> StepOutput:
-                output = step(*given)
-                macs.extend(result.encoder_macs for result in output.results)
-                on_step()
-                return output
-
-            engine.step = counted  # type: ignore[method-assign]
-            with grpc.insecure_channel(server.address) as channel:
-                list(Riva(channel).stream(iter(requests), metadata=metadata))
-            return sum(macs)
+        return macs_spent(model, lambda channel: list(Riva(channel).stream(iter(requests), metadata=metadata)), on_step)
 
     custom = first(recognition(custom_configuration={"compute_budget": "max_exit=2"}))
     full, cheap = spent([first(), audio(DATA)]), spent([custom, audio(DATA)])
@@ -222,17 +196,9 @@ def test_flush_by_runtime_config(riva: Riva) -> None:
     assert first_final_s(flush="false") == pytest.approx(6.3)
 
 
-def riva_python() -> str:
-    """An interpreter that has NVIDIA's client; skips the test where there is none."""
-    python = os.environ.get("ASR_EXIT_RIVA_PYTHON", sys.executable)
-    found = subprocess.run([python, "-c", "import riva.client"], capture_output=True, check=False)
-    if found.returncode:
-        pytest.skip(f"{python} has no nvidia-riva-client: set ASR_EXIT_RIVA_PYTHON to an interpreter that has it")
-    return python
-
-
 def test_nvidias_own_client(server: BackgroundServer, native: list[Caption], wav: Path) -> None:
-    command = [riva_python(), str(CLIENT), server.address, str(wav)]
+    python = python_with("riva.client", "nvidia-riva-client", "ASR_EXIT_RIVA_PYTHON")
+    command = [python, str(CLIENTS["riva"].script), server.address, str(wav)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert finished.returncode == 0, finished.stderr
     about, got = map(json.loads, finished.stdout.splitlines())
