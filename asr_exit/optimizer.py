@@ -78,7 +78,7 @@ class Optimizers:
             if index in state["momentum"]:
                 self.all[-1].state[parameter]["momentum_buffer"] = state["momentum"][index].clone()
 
-    def _numbered(self) -> list[tuple[int, nn.Parameter]]:
+    def _numbered(self) -> list[tuple[int, torch.Tensor]]:
         """The matrices of this process's share, with their place in the model."""
         mine = set(map(id, self._shares[self.group.rank]))
         return [(index, p) for index, p in enumerate(self.matrices) if id(p) in mine]
