@@ -4,7 +4,10 @@ A slot is one stream's row in every tensor. A layer's clock is the next absolute
 increase with depth, and an early exit only means that deeper clocks have not moved yet. Positions live on the host, so
 masks cost no device synchronisation.
 
-Shapes: S slots, B streams of a batch, T frames of a chunk, W ring cells, H heads, E head dimension, D = H * E, h halo.
+The last slot is nobody's: padding rows of a batch stand for it, and what padding writes goes there.
+
+Shapes: S slots and the spare one, B streams of a batch, T frames of a chunk, W ring cells, H heads, E head dimension,
+D = H * E, h halo.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ class LayerCache:
     keys: Tensor  # (S, W, H, E), stored after rotary embedding
     values: Tensor  # (S, W, H, E)
     conv: Tensor  # (S, h, D) gated convolution inputs
-    positions: np.ndarray  # (S, W) absolute frame that each ring cell holds, EMPTY = none
+    positions: np.ndarray  # (S, W) absolute frame that each ring cell holds, EMPTY = none; nothing in the spare slot
     clock: np.ndarray  # (S,) next absolute frame this layer will consume
 
     def advance(self, slots: np.ndarray, frames: np.ndarray, hole: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -55,9 +58,27 @@ class BatchIndex:
     kept: Tensor | None = None  # (B * h,) places of what `set_conv` keeps among B * (h + T); None: the last of each row
 
 
-def real_frames(frames: np.ndarray) -> np.ndarray:
-    """(N,) places among B * T of the frames that are no padding, in a batch of chunks `frames` (B,) long."""
-    return np.flatnonzero(np.arange(frames.max()) < frames[:, None])
+def real_frames(frames: np.ndarray, longest: int) -> np.ndarray:
+    """(N,) places among B * `longest` of the frames that are no padding, in a batch of chunks `frames` (B,) long."""
+    return np.flatnonzero(np.arange(longest) < frames[:, None])
+
+
+def extended(values: np.ndarray, rows: int, fill: int) -> np.ndarray:
+    """(B,) whole numbers of a batch's streams -> (rows,), those of padding rows being `fill`."""
+    out = np.full(rows, fill)
+    out[: len(values)] = values
+    return out
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values`, which lie on the host, on `device`; without waiting for what a GPU still has to do.
+
+    A copy from pageable memory would: each one would be a synchronisation. PyTorch keeps pinned memory until the copy
+    is done.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 class LayerView:
@@ -111,9 +132,10 @@ class CachePool:
             return torch.full(shape, torch.nan, device=device, dtype=dtype)
 
         layers, head_dim = config.num_layers, config.d_model // heads
-        keys = poisoned(layers, slots + 1, window, heads, head_dim)  # the last one takes what belongs nowhere
+        self.spare_slot, self.spare_cell = slots, slots * window
+        keys = poisoned(layers, slots + 1, window, heads, head_dim)
         values = poisoned(layers, slots + 1, window, heads, head_dim)
-        conv = poisoned(layers, slots, halo, config.d_model)
+        conv = poisoned(layers, slots + 1, halo, config.d_model)
         self._by_layer = [keys, values, conv]
         self.segments = [
             [
@@ -121,14 +143,14 @@ class CachePool:
                     keys=keys[layer],
                     values=values[layer],
                     conv=conv[layer],
-                    positions=np.full((slots, window), EMPTY, np.int64),
-                    clock=np.zeros(slots, np.int64),
+                    positions=np.full((slots + 1, window), EMPTY, np.int64),
+                    clock=np.zeros(slots + 1, np.int64),
                 )
                 for layer in range(first, first + config.exit_every)
             ]
             for first in range(0, layers, config.exit_every)
         ]
-        self.tails = [poisoned(slots, channels, 1, bands) for channels, bands in tail_shapes]
+        self.tails = [poisoned(slots + 1, channels, 1, bands) for channels, bands in tail_shapes]
         self.free = list(range(slots - 1, -1, -1))
         self._shared: tuple[tuple[np.ndarray, ...], FrameContext] | None = None  # of the last `begin`
 
@@ -165,32 +187,43 @@ class CachePool:
         return new
 
     def begin(
-        self, segment: int, slots: np.ndarray, frames: np.ndarray, chunk_frames: int
-    ) -> tuple[FrameContext, list[LayerView], Tensor | None]:
+        self, segment: int, slots: np.ndarray, frames: np.ndarray, chunk_frames: int, rows: int | None = None
+    ) -> tuple[FrameContext, BatchIndex, Tensor | None]:
         """Advance one segment's clocks over a chunk of (B,) slots, `frames` (B,) long; returns what its layers need.
 
         The layers get (B, T, D) with T the longest chunk; shorter ones are padded behind, and the last value returned
         is where the real frames lie (see `real_frames`), None without padding. Every chunk starts on its own chunk
         grid, so all its frames see the same keys and the mask is (B, 1, 1, W).
+
+        With `rows` the layers get (rows, chunk_frames, D), whatever the number and length of the chunks: everything
+        returned for them has a shape that these two decide.
         """
-        caches = self.segments[segment]
+        caches, longest, padded = self.segments[segment], int(frames.max()), True
+        if rows is None:
+            padded = int(frames.min()) < longest
+        else:
+            slots, frames = extended(slots, rows, self.spare_slot), extended(frames, rows, 0)
+            longest = chunk_frames
         start = caches[0].clock[slots]
         cells = [cache.advance(slots, frames)[0] for cache in caches]
-        index, real, longest = BatchIndex(self._tensor(slots), self._tensor(cells[0])), None, int(frames.max())
-        if frames.min() < longest:
-            places = real_frames(frames)
-            padded = np.full(len(frames) * longest, caches[0].positions.size)  # the first cell of the spare slot
-            padded[places] = cells[0]
-            index = BatchIndex(index.slots, self._tensor(padded), self._kept(frames, longest))
-            real = self._tensor(places)
-        context = self._context(start, caches[0].positions[slots], frames, chunk_frames)
-        return context, [LayerView(cache, index) for cache in caches], real
+        context = self._context(start, caches[0].positions[slots], frames, longest if padded else None, chunk_frames)
+        if not padded:
+            return context, BatchIndex(self.tensor(slots), self.tensor(cells[0])), None
+        places = real_frames(frames, longest)
+        spread = np.full(len(frames) * longest, self.spare_cell)
+        spread[places] = cells[0]
+        index = BatchIndex(self.tensor(slots), self.tensor(spread), self._kept(frames, longest))
+        return context, index, self.tensor(places)
+
+    def views(self, segment: int, index: BatchIndex) -> list[LayerView]:
+        """The layers of one segment for the batch that `begin` gave `index` for."""
+        return [LayerView(cache, index) for cache in self.segments[segment]]
 
     def _kept(self, ends: np.ndarray, longest: int) -> Tensor:
         """`BatchIndex.kept` where row b of (B, longest) ends after `ends[b]` frames."""
         halo = self.segments[0][0].conv.shape[1]
         first = np.arange(len(ends)) * (halo + longest) + ends
-        return self._tensor((first[:, None] + np.arange(halo)).ravel())
+        return self.tensor((first[:, None] + np.arange(halo)).ravel())
 
     def begin_filling(
         self, segment: int, slots: np.ndarray, frames: np.ndarray
@@ -207,37 +240,45 @@ class CachePool:
         last = np.minimum((ends - kept)[:, None] + np.arange(kept.max()), ends[:, None] - 1)
         uneven = kept.min() < kept.max()
         index = BatchIndex(
-            self._tensor(slots), self._tensor(cells), self._kept(kept, int(kept.max())) if uneven else None
+            self.tensor(slots), self.tensor(cells), self._kept(kept, int(kept.max())) if uneven else None
         )
         cos, sin = self._rotary(torch.from_numpy(positions)[None])
         return FrameContext(cos, sin, None, None), [LayerView(cache, index) for cache in caches], last
 
-    def _context(self, start: np.ndarray, held: np.ndarray, frames: np.ndarray, chunk_frames: int) -> FrameContext:
-        """For chunks from frames `start` (B,) on over ring cells `held` (B, W); deeper segments mostly ask the same."""
-        asked, last = (np.array(chunk_frames), frames, start, held), self._shared
+    def _context(
+        self, start: np.ndarray, held: np.ndarray, frames: np.ndarray, padded_to: int | None, chunk_frames: int
+    ) -> FrameContext:
+        """For chunks from frames `start` (B,) on over ring cells `held` (B, W); deeper segments mostly ask the same.
+
+        `padded_to`: frames of a row of the batch; None = all of `frames` are as many.
+        """
+        asked, last = (np.array((chunk_frames, padded_to or 0)), frames, start, held), self._shared
         if last is None or not all(map(np.array_equal, last[0], asked)):
-            steps = np.arange(frames.max())
+            steps = np.arange(padded_to or frames[0])
             query = torch.from_numpy(start[:, None] + steps)
             keys = torch.from_numpy(held)
             mask = additive(visible(query[:, :1], keys, chunk_frames, self.config.left_context_frames), self.dtype)
-            real = steps < frames[:, None]
-            valid = None if real.all() else self._tensor(real)[..., None].to(self.dtype)
-            last = self._shared = asked, FrameContext(*self._rotary(query), mask.to(self.device), chunk_frames, valid)
+            valid = None
+            if padded_to is not None:
+                valid = to_device(torch.from_numpy(steps < frames[:, None])[..., None].to(self.dtype), self.device)
+            context = FrameContext(*self._rotary(query), to_device(mask, self.device), chunk_frames, valid)
+            last = self._shared = asked, context
         return last[1]
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = rotary(positions, self.config.d_model // self.config.num_heads, self.dtype)
-        return cos.to(self.device), sin.to(self.device)
+        return to_device(cos, self.device), to_device(sin, self.device)
 
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+    def tensor(self, values: np.ndarray) -> Tensor:
+        """A host array on this pool's device."""
+        return to_device(torch.from_numpy(values), self.device)
 
     def leave_hole(self, segment: int, slots: np.ndarray, frames: np.ndarray) -> None:
         """Advance one segment's clocks over `frames` (B,) frames and remember nothing of them."""
         for cache in self.segments[segment]:
             cells, _ = cache.advance(slots, frames, hole=True)
             longest = int(frames.max())
-            index = BatchIndex(self._tensor(slots), self._tensor(cells), self._kept(frames, longest))
+            index = BatchIndex(self.tensor(slots), self.tensor(cells), self._kept(frames, longest))
             LayerView(cache, index).set_conv(cache.conv.new_zeros(len(slots), longest, cache.conv.shape[2]))
 
     def check_frontier(self, slots: np.ndarray) -> None:

@@ -61,9 +61,9 @@ class Model:
             return self
         return replace(self, encoder=copy.deepcopy(self.encoder).in_precision(DTYPES[precision]))
 
-    def backend(self, slots: int, device: str | torch.device) -> TorchBackend:
-        """What the engine runs this model with; moves it to `device`."""
-        return TorchBackend(self.encoder, slots, device)
+    def backend(self, slots: int, device: str | torch.device, **options: Any) -> TorchBackend:
+        """What the engine runs this model with; moves it to `device`. `options` are those of `TorchBackend`."""
+        return TorchBackend(self.encoder, slots, device, **options)
 
 
 def save_model(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from asr_exit.backend import StreamingModel
+from asr_exit.backend import Backend, StreamingModel
 from asr_exit.budget import Budget, DepthBudget
 from asr_exit.captions import Captions
 from asr_exit.decide import going_on
@@ -30,10 +30,15 @@ from asr_exit.stream import Blame, Chunk, ChunkResult, Fill, StepOutput, Stream,
 class Engine:
     """Runs streams over one model."""
 
-    def __init__(self, model: StreamingModel, *, slots: int = 64, device: Any = "cpu") -> None:
-        """`slots`: most streams open at once. Memory per slot is fixed (caches of every layer)."""
+    def __init__(
+        self, model: StreamingModel, *, slots: int = 64, device: Any = "cpu", backend: Backend | None = None
+    ) -> None:
+        """`slots`: most streams open at once. Memory per slot is fixed (caches of every layer).
+
+        `backend`: one of as many slots that `model` made with options of its own; None = its usual one on `device`.
+        """
         self.model, self.config, self.macs = model, model.config, model.macs
-        self.backend = model.backend(slots, device)
+        self.backend = model.backend(slots, device) if backend is None else backend
         self.slots = slots
         self._streams: dict[int, Stream] = {}  # by slot
         self._load_cap = self.config.num_exits - 1

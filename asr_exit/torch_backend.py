@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asr_exit.cache import CachePool, real_frames
+from asr_exit.attention import FrameContext
+from asr_exit.buckets import BatchBuckets
+from asr_exit.cache import CachePool, extended, real_frames
 from asr_exit.cost import SegmentMacs
+from asr_exit.cuda_graphs import CudaCapture, SegmentGraphs
 from asr_exit.encoder import Encoder
 from asr_exit.evidence import ExitScores, score
 from asr_exit.features import log_mels, windows_to_log_mel
@@ -26,12 +29,32 @@ class TorchBackend:
     three times the speed, and errors far below those of its weights.
     """
 
-    def __init__(self, encoder: Encoder, slots: int, device: str | torch.device) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        slots: int,
+        device: str | torch.device,
+        *,
+        buckets: BatchBuckets | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
+        """A GPU pads batches to few sizes and chunks to their full length; neither changes a stream's answer.
+
+        Args:
+            buckets: those sizes; None = the usual ones on a GPU, no padding elsewhere.
+            cuda_graphs: replay captured segments instead of launching their kernels one by one. Not yet measured.
+        Raises:
+            ConfigError: `cuda_graphs` without a CUDA device.
+        """
         self.config, self.encoder, self.device = encoder.config, encoder.to(device), torch.device(device)
         self.dtype = encoder.subsampling.out.weight.dtype
         if self.dtype != torch.float32 and self.device.type == "cpu":
             pack_linears(self.encoder)
         self.pool = CachePool(self.config, slots, encoder.subsampling.tail_shapes(), self.device, self.dtype)
+        self.buckets = BatchBuckets() if buckets is None and self.device.type == "cuda" else buckets
+        self._graphs: SegmentGraphs | None = None
+        if cuda_graphs:
+            self._graphs = SegmentGraphs(self.encoder.segments, self.pool, CudaCapture(self.device))
         self._newest: tuple[list[Tensor], Tensor] = [], torch.empty(0)  # rows that `run` gave last, and their batch
         self._fast_log_mel = None if self.dtype == torch.float32 else Float32LogMel(self.config.features)
 
@@ -54,20 +77,26 @@ class TorchBackend:
     @torch.inference_mode()
     def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray) -> list[Tensor]:
         longest = int(frames.max())
-        padded = np.zeros((len(features), longest * self.config.subsampling, self.config.features.num_mels), np.float32)
+        rows = self._rows_of(slots)
+        padded = np.zeros((rows, longest * self.config.subsampling, self.config.features.num_mels), np.float32)
         for row, values in enumerate(features):
             padded[row, : len(values)] = values
-        batch = self.encoder.normalise(torch.from_numpy(padded).to(self.device))
+        batch = self.encoder.normalise(self.pool.tensor(padded))
         for row, values in enumerate(features):
             if len(values) < padded.shape[1]:
                 batch[row, len(values) :] = 0.0
-        index = torch.from_numpy(slots).to(self.device)
+        index = self.pool.tensor(extended(slots, rows, self.pool.spare_slot))
         ends, real = None, None
         if frames.min() < longest:
-            ends, real = torch.from_numpy(frames).to(self.device), torch.from_numpy(real_frames(frames)).to(self.device)
+            ends = self.pool.tensor(extended(frames, rows, longest))
+            real = self.pool.tensor(real_frames(frames, longest))
         states, tails = self.encoder.subsampling(batch.to(self.dtype), self.pool.swap_tails(index), ends)
         self.pool.swap_tails(index, tails)
-        return _rows(states, real, frames)
+        return _rows(states[: len(slots)], real, frames)
+
+    def _rows_of(self, slots: np.ndarray) -> int:
+        """Rows of the batch for (B,) slots."""
+        return len(slots) if self.buckets is None else self.buckets.size(len(slots))
 
     @torch.inference_mode()
     def run(
@@ -84,23 +113,35 @@ class TorchBackend:
         want_evidence: bool,
         want_similarity: bool,
     ) -> tuple[list[Tensor], list[ExitScores] | None]:
-        context, layers, real = self.pool.begin(segment, slots, frames, chunk_frames)
-        before = self._batch_of(states, real, frames)
-        after, logits = self.encoder.segments[segment](before, context, layers, want_logits=read)
-        rows = _rows(after, real, frames)
+        fixed = None if self.buckets is None else self._rows_of(slots)
+        context, index, real = self.pool.begin(segment, slots, frames, chunk_frames, fixed)
+        before = self._batch_of(states, real, context)
+        if self._graphs is None:
+            layers = self.pool.views(segment, index)
+            after, logits = self.encoder.segments[segment](before, context, layers, want_logits=read)
+        else:
+            after, logits = self._graphs.run(segment, before, context, index)
+        rows = _rows(after, real, frames)  # copies, where graphs write into the same memory again
         self._newest = rows, after
         if not read:
             return rows, None
+        real_part = slice(len(slots)), slice(int(frames.max()))
         return rows, score(
-            logits, before if want_similarity else None, after, previous, want_log_probs, want_evidence, frames
+            logits[real_part],
+            before[real_part] if want_similarity else None,
+            after[real_part],
+            previous,
+            want_log_probs,
+            want_evidence,
+            frames,
         )
 
-    def _batch_of(self, states: Sequence[Tensor], real: Tensor | None, frames: np.ndarray) -> Tensor:
+    def _batch_of(self, states: Sequence[Tensor], real: Tensor | None, context: FrameContext) -> Tensor:
         """(B, T, D) of per-stream states: as it left the segment before, if the same streams go on."""
         rows, batch = self._newest
         if len(rows) == len(states) and all(map(operator.is_, rows, states)):
             return batch
-        return _padded(states, real, frames)
+        return _padded(states, real, context.cos.shape[:2])
 
     @torch.inference_mode()
     def propagate(
@@ -108,7 +149,7 @@ class TorchBackend:
     ) -> None:
         context, layers, last = self.pool.begin_filling(segment, slots, frames)
         skipped = torch.cat([state for chunks in states for state in chunks])
-        self.encoder.segments[segment].propagate(skipped[None], context, layers, skipped[torch.from_numpy(last)])
+        self.encoder.segments[segment].propagate(skipped[None], context, layers, skipped[self.pool.tensor(last)])
 
     @torch.inference_mode()
     def leave_hole(self, segment: int, slots: np.ndarray, frames: np.ndarray) -> None:
@@ -127,12 +168,12 @@ class TorchBackend:
         return float(np.median(times[2:])) / SegmentMacs.of(self.encoder).full(frames)
 
 
-def _padded(states: Sequence[Tensor], real: Tensor | None, frames: np.ndarray) -> Tensor:
-    """Per stream (frames, D) -> (B, T, D); the inverse of `_rows`."""
+def _padded(states: Sequence[Tensor], real: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """Per stream (frames, D) -> (B, T, D) with B and T = `shape`; the inverse of `_rows`."""
     if real is None:
         return torch.stack(list(states))
     flat = torch.cat(list(states))
-    batch = flat.new_zeros(len(frames), int(frames.max()), flat.shape[1])
+    batch = flat.new_zeros(*shape, flat.shape[1])
     batch.flatten(0, 1).index_copy_(0, real, flat)
     return batch
 

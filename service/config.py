@@ -7,6 +7,7 @@ import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from asr_exit.buckets import BatchBuckets
 from asr_exit.config import from_mapping, require
 from asr_exit.errors import ConfigError
 from asr_exit.scheduler import Batching
@@ -55,6 +56,8 @@ class ModelSection:
     threads: int = 1  # of each engine, on a CPU
     workers: int = 1  # engines, each with a thread and caches of its own; as many as there are cores to use
     precision: str = "auto"  # bf16 (weights, activations, caches) where the processor computes in it, else fp32
+    batch_buckets: tuple[int, ...] = BatchBuckets().sizes  # on a GPU: sizes that batches are padded to; unmeasured
+    cuda_graphs: bool = False  # on a GPU: replay captured segments; off because not yet measured; refused on a CPU
 
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), f"model.device={self.device!r} must be auto, cpu or cuda")
@@ -62,6 +65,7 @@ class ModelSection:
         require(self.workers >= 1, f"model.workers={self.workers} must be at least 1")
         known = self.precision in ("auto", "fp32", "bf16")
         require(known, f"model.precision={self.precision!r} must be auto, fp32 or bf16")
+        BatchBuckets(self.batch_buckets)  # raises for sizes that are none
 
 
 @dataclass(frozen=True)
@@ -220,8 +224,9 @@ def _check_types(table: str, section: object) -> None:
         raise ConfigError(f"{table} must be a table: write [{table}] and its keys below it")
     for known in fields(ServeConfig.NESTED[table]):
         value, wanted = section.get(known.name, known.default), type(known.default)
-        number = wanted is float and type(value) is int
-        require(type(value) is wanted or number, f"{table}.{known.name}={value!r} must be of type {wanted.__name__}")
+        fits = (wanted is float and type(value) is int) or (wanted is tuple and type(value) is list)
+        name = "list" if wanted is tuple else wanted.__name__
+        require(type(value) is wanted or fits, f"{table}.{known.name}={value!r} must be of type {name}")
 
 
 def is_loopback(host: str) -> bool:

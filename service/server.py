@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from asr_exit.buckets import BatchBuckets
 from asr_exit.engine import Engine
 from asr_exit.errors import ConfigError
 from asr_exit.load_control import LoadController
@@ -202,7 +203,10 @@ def _let_steps_run() -> None:
 def _make_engine(model: Model, config: ServeConfig) -> Engine:
     device = pick_device(config.model.device)
     slots = -(-config.limits.streams // config.model.workers)
-    return Engine(model.in_precision(pick_precision(config.model.precision, device)), slots=slots, device=device)
+    model = model.in_precision(pick_precision(config.model.precision, device))
+    buckets = BatchBuckets(config.model.batch_buckets) if device == "cuda" else None
+    backend = model.backend(slots, device, buckets=buckets, cuda_graphs=config.model.cuda_graphs)
+    return Engine(model, slots=slots, device=device, backend=backend)
 
 
 def _fits(model: Model, chunk_ms: int) -> bool:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from asr_exit.budget import Budget
+from asr_exit.checkpoint import Model
 from asr_exit.errors import ConfigError
 from asr_exit.load_control import LoadSignal
 from service import wire
@@ -15,6 +16,7 @@ from service.config import ServeConfig, is_loopback, load_config
 from service.feed import Pace
 from service.load import LoadMonitor, machine_usage
 from service.pb import speech_pb2 as pb
+from service.server import SpeechServer
 
 
 def test_defaults_and_overrides(tmp_path: Path) -> None:
@@ -39,6 +41,8 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("[listen]\nport = 70000\n", "0..65535"),
         ('[listen]\nhost = "0.0.0.0"\n', "--insecure"),
         ('[model]\ndevice = "gpu"\n', "auto, cpu or cuda"),
+        ("[model]\nbatch_buckets = [4, 2]\n", "rising"),
+        ("[model]\nbatch_buckets = 4\n", "of type list"),
         ("[limits]\nbacklog_s = 1\n", "at least 3"),
         ('[limits]\nstreams = "many"\n', "limits.streams"),
         ("[listen\n", "not valid TOML"),
@@ -54,6 +58,11 @@ def test_mistakes_in_the_file(tmp_path: Path, text: str, message: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "none.toml")
+
+
+def test_graphs_without_a_gpu_are_refused_before_anything_listens(model: Model) -> None:
+    with pytest.raises(ConfigError, match=r"model\.cuda_graphs = false"):
+        SpeechServer(model, load_config(None, {"model": {"device": "cpu", "cuda_graphs": True}}))
 
 
 def test_beyond_loopback_only_when_allowed() -> None:

@@ -1,0 +1,30 @@
+"""Few batch sizes, for devices that prepare work for fixed shapes: a captured CUDA graph holds for one shape only."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from asr_exit.config import require
+
+
+@dataclass(frozen=True)
+class BatchBuckets:
+    """Sizes that batches are padded to. Raises ConfigError unless they are whole, positive and rising.
+
+    More sizes waste less on padding and take more graphs.
+    """
+
+    sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+
+    def __post_init__(self) -> None:
+        whole = bool(self.sizes) and all(type(size) is int and size > 0 for size in self.sizes)
+        rising = whole and list(self.sizes) == sorted(set(self.sizes))
+        require(rising, f"batch buckets {list(self.sizes)} must be whole, positive and rising, such as [1, 2, 4, 8]")
+
+    def size(self, streams: int) -> int:
+        """The smallest size that holds so many streams; beyond the largest one its multiples."""
+        largest = self.sizes[-1]
+        if streams > largest:
+            return -(-streams // largest) * largest
+        return self.sizes[bisect_left(self.sizes, streams)]
