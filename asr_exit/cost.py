@@ -66,6 +66,11 @@ class SegmentMacs:
             total += self.segment(index, frames, with_head=index == exit_index)
         return total
 
+    def judged_to_exit(self, exit_index: int, frames: int) -> int:
+        """The same where a policy has read that exit and all before it."""
+        read = sum(self.segment(index, frames, with_head=True) for index in range(exit_index + 1))
+        return self.stem(frames) + read
+
     def of_step(self, frames: int, chunk_frames: int, waiting: tuple[int, ...], propagate: bool) -> tuple[float, ...]:
         """Per exit what a step to it costs: the stem, the segments, and what waits at the doors on the way.
 

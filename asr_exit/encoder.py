@@ -5,7 +5,8 @@ Shapes: B batch, T encoder frames, D model dimension, V vocabulary. A segment is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -187,3 +188,18 @@ class Encoder(nn.Module):
             else:
                 mixed = exit_logits if mixed is None else torch.where(depth > index, exit_logits, mixed)
         return EncoderOutput(logits, lengths, mixed)
+
+
+@contextmanager
+def segment_states(encoder: Encoder) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collects the (B, T, D) states before and after each segment, in the order of the calls that are made inside."""
+    states: list[tuple[Tensor, Tensor]] = []
+    handles = [
+        segment.register_forward_hook(lambda _, inputs, output: states.append((inputs[0], output[0])))
+        for segment in encoder.segments
+    ]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,4 +1,4 @@
-"""What an update minimises: CTC at every exit, in random shapes of streaming; consistency and distillation if wanted.
+"""What an update minimises: CTC at every exit, in random shapes of streaming, and what is switched on besides.
 
 Shapes: B batch, T encoder frames, V vocabulary.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from asr_exit.data import Batch
-from asr_exit.encoder import Encoder
+from asr_exit.encoder import Encoder, segment_states
+from asr_exit.joint_gates import JointGates
 from asr_exit.loss import consistency_loss, ctc_loss, distillation_losses, exit_losses, random_depth
 from asr_exit.schedule import Stage, TrainConfig
 
@@ -50,9 +52,17 @@ def _weighted(weights: Sequence[tuple[int, float]], rng: np.random.Generator) ->
 
 
 def objective(
-    model: Encoder, batch: Batch, config: TrainConfig, draw: Draw, device: torch.device, rank: int = 0
+    model: Encoder,
+    batch: Batch,
+    config: TrainConfig,
+    draw: Draw,
+    device: torch.device,
+    rank: int = 0,
+    gates: JointGates | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch.
+
+    The `gates` learn from batches in chunks that run all exits, each at full depth.
 
     Returns:
         The scalar to minimise; and CTC per target token of every exit that ran, (exits,), or the one of a batch of
@@ -67,7 +77,12 @@ def objective(
         chunks = math.ceil(frames / draw.chunk_frames)
         generator = torch.Generator().manual_seed(draw.seed + rank)
         depth = random_depth(len(features), chunks, draw.segments, generator).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+    if draw.segments < config.model.num_exits or depth is not None:
+        gates = None
+    watch: AbstractContextManager[list[tuple[Tensor, Tensor]]] = (
+        nullcontext([]) if gates is None else segment_states(model)
+    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16), watch as states:
         output = model(
             features,
             lengths,
@@ -90,4 +105,15 @@ def objective(
     if config.distillation_weight and len(losses) > 1:
         distilled = distillation_losses(output.logits, output.lengths, target_lengths)
         total = total + config.distillation_weight * (weights[:-1] * distilled).sum()
+    if gates is not None and draw.chunk_frames is not None:
+        gate_loss = gates.loss(
+            output.logits,
+            states,
+            output.lengths,
+            targets,
+            target_lengths,
+            chunk_frames=draw.chunk_frames,
+            price=config.gate_price,
+        )
+        total = total + config.gate_weight * gate_loss
     return total, losses.detach()

@@ -22,8 +22,15 @@ class Optimizers:
     quarter of an update on a CPU, so every process does its share of the matrices and tells the others.
     """
 
-    def __init__(self, model: Encoder, name: str, weight_decay: float, group: Group | None = None) -> None:
-        """`name`: one of `OPTIMIZERS`. Vectors (norms, biases) never decay."""
+    def __init__(
+        self,
+        model: Encoder,
+        name: str,
+        weight_decay: float,
+        group: Group | None = None,
+        gates: nn.Module | None = None,
+    ) -> None:
+        """`name`: one of `OPTIMIZERS`. Vectors (norms, biases) never decay, nor do the `gates` trained along."""
         self.group = group or Group()
         inside = [layer for segment in model.segments for layer in segment.layers] if name == "muon" else []
         self.matrices = [m.weight for layer in inside for m in layer.modules() if isinstance(m, nn.Linear)]
@@ -33,6 +40,8 @@ class Optimizers:
             {"params": [p for p in rest if p.dim() > 1], "weight_decay": weight_decay},
             {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
         ]
+        if gates is not None:
+            groups.append({"params": list(gates.parameters()), "weight_decay": 0.0})
         self.all: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)]
         by_size = sorted(self.matrices, key=torch.Tensor.numel)
         self._shares = [by_size[rank :: self.group.size] for rank in range(self.group.size)]

@@ -19,7 +19,7 @@ from asr_exit.policies.criteria import (
     Sentence,
     Similarity,
 )
-from asr_exit.policies.learned import ExitWeights, Gate, QExit, stops
+from asr_exit.policies.learned import ExitWeights, Gate, JointGate, QExit, stops
 from asr_exit.policies.parse import CRITERIA, calibration_for, default_criterion, parse_policy
 from asr_exit.policies.static import Fixed, Full, RandomDepth, Scheduled
 from asr_exit.policies.table import CostTable
@@ -36,6 +36,7 @@ __all__ = [
     "Fixed",
     "Full",
     "Gate",
+    "JointGate",
     "Patience",
     "Posterior",
     "PosteriorAll",

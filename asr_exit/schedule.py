@@ -59,6 +59,8 @@ class TrainConfig:
     exit_weights: tuple[float, ...] = ()  # of the exits' losses, shallow to deep; empty: equal
     consistency_weight: float = 0.0  # CR-CTC, arXiv 2410.05101; above 0 every utterance comes in two views
     distillation_weight: float = 0.0  # of the deepest exit into all others
+    gate_weight: float = 0.0  # above 0 a gate per exit is trained, too, with this weight of its loss: `joint_gates`
+    gate_price: float = 0.05  # of full-depth compute in that loss, in nats per target token
     accumulate: int = 1  # batches per update and process
     shallow_probability: float = 0.0  # of batches that run only a random number of the first segments (Sorted LLaMA)
     bf16: bool = True
@@ -98,6 +100,11 @@ class TrainConfig:
             f"exit_weights must be {self.model.num_exits} positive numbers, or none",
         )
         require(self.optimizer in OPTIMIZERS, f"optimizer must be {' or '.join(OPTIMIZERS)}")
+        require(
+            self.gate_weight == 0 or (self.gate_weight > 0 and self.model.num_exits > 1),
+            "gate_weight must be 0, or positive with a model of two exits or more",
+        )
+        require(self.gate_price >= 0, "gate_price must not be negative")
         require(self.accumulate >= 1, "accumulate must be at least 1")
 
     @classmethod

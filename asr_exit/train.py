@@ -20,6 +20,7 @@ from asr_exit.augment import Augment
 from asr_exit.data import Batch, BatchStream, FeatureStore, Position
 from asr_exit.encoder import Encoder
 from asr_exit.errors import CheckpointError, ConfigError, EngineError
+from asr_exit.joint_gates import JointGates, without_gates
 from asr_exit.objective import Draw, draw, objective
 from asr_exit.optimizer import Optimizers
 from asr_exit.parallel import Group
@@ -94,8 +95,9 @@ class Trainer:
         )
         self.model.to(self.device).train()
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        self._parameters = list(self.model.parameters())
-        self.optimizer = Optimizers(self.model, config.optimizer, config.weight_decay, self.group)
+        self.gates = JointGates(self.model).to(self.device) if config.gate_weight > 0 else None
+        self._parameters = [*self.model.parameters(), *(self.gates.parameters() if self.gates else ())]
+        self.optimizer = Optimizers(self.model, config.optimizer, config.weight_decay, self.group, self.gates)
         self.progress = Progress()
         self._measured_at = 0.0  # when wall-clock time was booked last
         first = self.group.rank == 0
@@ -118,16 +120,20 @@ class Trainer:
             {
                 "config": self.config.to_dict(),
                 "model": self.model.state_dict(),
-                "ema": self.ema,
+                "ema": self._averaged(),
                 "optimizer": self.optimizer.state_dict(),
                 "progress": asdict(self.progress),
+                **({"gates": self.gates.state_dict()} if self.gates else {}),
             }
         )
+
+    def _averaged(self) -> dict[str, Tensor]:
+        return self.ema | (self.gates.exported() if self.gates else {})
 
     def export(self) -> None:
         """Write ema.safetensors and what made it."""
         self._write_provenance()
-        self.folder.export(self.ema)
+        self.folder.export(self._averaged())
 
     def start_from(self, source: Encoder) -> None:
         """Take the weights of the segments that the first stage runs from another model (`warm_start`).
@@ -156,7 +162,9 @@ class Trainer:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.ema = state["ema"]
+        self.ema, _ = without_gates(state["ema"])
+        if self.gates:
+            self.gates.load_state_dict(state["gates"])
         values = state["progress"]
         self.progress = Progress(**{**values, "position": Position(**values["position"])})
 
@@ -171,7 +179,7 @@ class Trainer:
 
     def _loss(self, batch: Batch, drawn: Draw) -> tuple[Tensor, Tensor]:
         """Scalar to minimise, and what to log: a loss per exit, or the single one of a mixed-depth batch."""
-        return objective(self.model, batch, self.config, drawn, self.device, self.group.rank)
+        return objective(self.model, batch, self.config, drawn, self.device, self.group.rank, self.gates)
 
     def _update(self, batches: list[Batch], stage: Stage) -> tuple[list[float], float] | None:
         """One step over one or more batches. Returns the losses and the gradient norm, or None when they were not
@@ -210,6 +218,8 @@ class Trainer:
         decay = min(self.config.ema_decay, (1 + progress.updates) / (10 + progress.updates))
         current = self.model.state_dict()
         torch._foreach_lerp_(list(self.ema.values()), [current[name] for name in self.ema], 1.0 - decay)
+        if self.gates:
+            self.gates.average(decay)
         return mean_losses, norm
 
     def _grow(self, before: int, after: int) -> None:
@@ -308,6 +318,7 @@ class Trainer:
                         norm=result[1] if result else float("nan"),
                         learning_rate=self.optimizer.learning_rate * 1000,
                         minutes=progress.wall_seconds / 60,
+                        **({"gates_spend": float(self.gates.spent)} if self.gates else {}),
                     )
                     self.report.advance(share, hours, rate, losses)
                     logged, seen_at_log, losses_at_log = now, progress.seconds_seen, []

@@ -22,7 +22,7 @@ from asr_exit.calibration.workers import Recording, Workers
 from asr_exit.errors import ConfigError
 from asr_exit.policies.criteria import BEAMS
 from asr_exit.policies.learned import FEATURES, ExitWeights
-from asr_exit.policy import CRITERIA, Criterion, Gate, QExit
+from asr_exit.policy import CRITERIA, Criterion, Gate, JointGate, QExit
 from asr_exit.stream import Fill, StreamOptions
 
 TOLERANCE = 0.0075  # relative word errors that early exits may cost here; for unseen speakers it is about twice that
@@ -39,7 +39,7 @@ def calibrate(
     *,
     name: str,
     chunks_ms: Sequence[int] = CHUNK_MS,
-    criteria: Sequence[str] = tuple(CRITERIA),
+    criteria: Sequence[str] | None = None,
     target: float | None = None,
     tolerance: float = TOLERANCE,
     on_stage: Callable[[str], None] = lambda stage: None,
@@ -49,17 +49,23 @@ def calibrate(
     Args:
         name: of the recordings, for the record.
         chunks_ms: chunk lengths to calibrate for; the first is the default one.
+        criteria: None = all that the model can have: `joint-gate` needs gates that were trained with it.
         target: wanted mean cost of the default thresholds, as a share of full depth; None asks for the cheapest row
             that adds at most `tolerance` (relative) word errors.
         on_stage: told what begins.
 
     Raises:
-        ConfigError: nothing to calibrate, an unknown criterion, or a target outside (0, 1].
+        ConfigError: nothing to calibrate, a criterion that is unknown or not the model's, or a target outside (0, 1].
         AudioError: a recording that cannot be read.
     """
+    gates = workers.model.calibration.get(JointGate.label)
+    if criteria is None:
+        criteria = [label for label in CRITERIA if gates or label != JointGate.label]
     unknown = [criterion for criterion in criteria if criterion not in CRITERIA]
     if unknown or not criteria or not chunks_ms:
         raise ConfigError(f"cannot calibrate {', '.join(unknown) or 'nothing'}; criteria are {', '.join(CRITERIA)}")
+    if JointGate.label in criteria and not gates:
+        raise ConfigError(f"the model has no gates for {JointGate.label!r}; train it with gate_weight above 0")
     if target is not None and not 0.0 < target <= 1.0:
         raise ConfigError(f"the target {target:g} must be a share of full depth, above 0 and at most 1")
     results = [
@@ -67,6 +73,8 @@ def calibrate(
         for chunk_ms in chunks_ms
     ]
     first = results[0]
+    if gates and JointGate.label not in criteria:  # only training could make them again
+        first[JointGate.label] = {key: gates[key] for key in ("weights", "features")}
     if len(results) > 1:
         first["by_chunk_ms"] = {f"{result['chunk_ms']:g}": result for result in results[1:]}
     return first
@@ -96,7 +104,7 @@ def _for_chunk(
     tables: dict[str, tuple[Criterion, list[Row]]] = {}
     for label in criteria:
         on_stage(f"{chunk_ms:g} ms: {label}")
-        policy = trained(label, observations)
+        policy = trained(label, observations, workers.model.calibration)
         rows = thinned(probe.corrected(policy, table(policy, observations)))
         tables[label] = policy, rows
         chosen = choose(rows, observations.full_wer, target, tolerance)
@@ -110,11 +118,17 @@ def _for_chunk(
     return result
 
 
-def trained(label: str, observations: Observations) -> Criterion:
-    """The criterion of that name that never leaves; a learned one with weights trained on the observations."""
+def trained(label: str, observations: Observations, stored: Mapping[str, Any] | None = None) -> Criterion:
+    """The criterion of that name that never leaves; a learned one with weights trained on the observations.
+
+    Args:
+        stored: the model's calibration, which holds the weights of `joint-gate`.
+    """
     never = (None,) * (len(observations.macs) - 1)
     if label == Gate.label:
         return Gate(never, weights=train_gates(observations.evidence, observations.harm))
+    if label == JointGate.label:
+        return JointGate(never, weights=ExitWeights.parse((stored or {}).get(label, {}), label))
     if label == QExit.label:
         return QExit(never, weights=train_hazards(observations.evidence, observations.harm))
     return CRITERIA[label](never)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asr_exit.calibration.workers import Recording, Workers, samples_of
 from asr_exit.checkpoint import Model
-from asr_exit.cost import SegmentMacs
+from asr_exit.encoder import segment_states
 from asr_exit.errors import ConfigError
 from asr_exit.evidence import ExitScores, collapse, score, with_beam_share
 from asr_exit.features import log_mel
@@ -139,7 +139,7 @@ def observe(workers: Workers, recordings: Sequence[Recording], chunk_ms: float, 
         raise ConfigError("the recordings are shorter than a frame; give longer ones to calibrate on")
     costs = workers.model.macs
     frames = [count for item in items for count in item.frames]
-    each = {count: [_macs(costs, k, count) for k in range(costs.config.num_exits)] for count in set(frames)}
+    each = {count: [costs.judged_to_exit(k, count) for k in range(costs.config.num_exits)] for count in set(frames)}
     seen = max(1, costs.config.left_context_frames // costs.config.chunk_frames(chunk_ms))
     return Observations(
         recordings=tuple(recording for recording, _ in pairs),
@@ -148,12 +148,6 @@ def observe(workers: Workers, recordings: Sequence[Recording], chunk_ms: float, 
         fill_macs=np.array([costs.propagate(count) for count in frames], dtype=np.float64),
         seen_chunks=seen,
     )
-
-
-def _macs(macs: SegmentMacs, exit_index: int, frames: int) -> int:
-    """Cost of a chunk that leaves at an exit after its policy has read that exit and all before it."""
-    read = sum(macs.segment(index, frames, with_head=True) for index in range(exit_index + 1))
-    return macs.stem(frames) + read
 
 
 def _observe_all(
@@ -207,16 +201,8 @@ def _blocks(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
 
 def _states(model: Model, features: Tensor, chunk_frames: int) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
     """Per exit the (1, T, D) states before and after its segment, and its (1, T, V) logits."""
-    states: list[tuple[Tensor, Tensor]] = []
-    handles = [
-        segment.register_forward_hook(lambda _, inputs, output: states.append((inputs[0], output[0])))
-        for segment in model.encoder.segments
-    ]
-    try:
+    with segment_states(model.encoder) as states:
         output = model.encoder(features, torch.tensor([features.shape[1]]), chunk_frames=chunk_frames)
-    finally:
-        for handle in handles:
-            handle.remove()
     return states, output.logits
 
 

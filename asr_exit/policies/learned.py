@@ -1,6 +1,6 @@
-"""Criteria with a few learned weights per exit, trained on recorded evidence while the backbone is frozen.
+"""Criteria with a few learned weights per exit, trained on recorded evidence while the backbone is frozen, or with it.
 
-Both read the same features of an exit's evidence and of the exit before, see `features`; the weights are part of the
+All read the same features of an exit's evidence and of the exit before, see `features`; the weights are part of the
 model's calibration. N chunks, F features.
 """
 
@@ -19,7 +19,7 @@ from asr_exit.errors import ConfigError
 from asr_exit.policies.base import Evidence, ExitPolicy, is_number
 from asr_exit.policies.criteria import Criterion
 
-_FLOOR = 1e-5
+FLOOR = 1e-5  # of what is taken the logarithm of
 FEATURES = (
     "doubt",
     "doubt_all",
@@ -36,10 +36,10 @@ FEATURES = (
 )
 
 # Where the features stand in `Evidence.numbers` of this exit, followed by those of the exit before.
-_SOURCE = (0, 1, 7, 2, 3, 4, 5, 6, 8 + 0, 8 + 1, 8 + 7, 8 + 5)
-_DOUBTED = np.array(["doubt" in name or name == "dissimilarity" for name in FEATURES])  # one minus the evidence
-_LOGARITHMIC = _DOUBTED | np.array(["entropy" in name for name in FEATURES])
-_OFFSET, _SIGN = np.where(_DOUBTED, 1.0, 0.0), np.where(_DOUBTED, -1.0, 1.0)
+SOURCE = (0, 1, 7, 2, 3, 4, 5, 6, 8 + 0, 8 + 1, 8 + 7, 8 + 5)
+DOUBTED = np.array(["doubt" in name or name == "dissimilarity" for name in FEATURES])  # one minus the evidence
+LOGARITHMIC = DOUBTED | np.array(["entropy" in name for name in FEATURES])
+OFFSET, SIGN = np.where(DOUBTED, 1.0, 0.0), np.where(DOUBTED, -1.0, 1.0)
 
 
 def features(evidence: Sequence[Evidence]) -> np.ndarray:
@@ -54,8 +54,8 @@ def _features(levels: Sequence[Sequence[Evidence]]) -> np.ndarray:
     A chunk's values do not depend on the others'.
     """
     seen = np.concatenate([item.numbers for level in levels for item in level]).reshape(len(levels), len(levels[0]), -1)
-    values = _OFFSET + _SIGN * np.concatenate((seen[:-1], seen[1:]), axis=2).take(_SOURCE, axis=2)
-    return np.where(_LOGARITHMIC, np.log(np.maximum(values, _FLOOR)), values)
+    values = OFFSET + SIGN * np.concatenate((seen[:-1], seen[1:]), axis=2).take(SOURCE, axis=2)
+    return np.where(LOGARITHMIC, np.log(np.maximum(values, FLOOR)), values)
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,17 @@ class Gate(Learned):
 
 
 @dataclass(frozen=True)
+class JointGate(Gate):
+    """Leave when a gate that was trained together with the encoder holds "going deeper would help" for unlikely enough.
+
+    JEI-DNN (arXiv 2310.09163) in full: gates and exits learn from one loss, that of the exit taken plus the price of
+    its compute, in expectation; see `asr_exit.joint_gates`. Calibration finds thresholds and leaves the weights alone.
+    """
+
+    label = "joint-gate"
+
+
+@dataclass(frozen=True)
 class QExit(Learned):
     """Leave when the cumulative learned exit probability, 1 - prod_j (1 - p_j), reaches the threshold.
 
@@ -196,4 +207,4 @@ class QExit(Learned):
 
 
 _START = None, -1, 1.0  # prod_j (1 - p_j) before the first exit
-_TOGETHER = (Gate, QExit)  # not their subclasses, which may stop otherwise
+_TOGETHER = (Gate, JointGate, QExit)  # not their subclasses, which may stop otherwise

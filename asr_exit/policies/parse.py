@@ -19,15 +19,15 @@ from asr_exit.policies.criteria import (
     Sentence,
     Similarity,
 )
-from asr_exit.policies.learned import ExitWeights, Gate, QExit
+from asr_exit.policies.learned import ExitWeights, Gate, JointGate, QExit
 from asr_exit.policies.static import Fixed, Full, RandomDepth
 from asr_exit.policies.table import CostTable
 
 CRITERIA: dict[str, type[Criterion]] = {
     kind.label: kind
-    for kind in (Posterior, PosteriorAll, Sentence, Entropy, EntropyAll, Patience, Similarity, Gate, QExit)
+    for kind in (Posterior, PosteriorAll, Sentence, Entropy, EntropyAll, Patience, Similarity, Gate, JointGate, QExit)
 }
-LEARNED = ("gate", "q-exit")
+LEARNED = ("gate", "joint-gate", "q-exit")
 DEFAULT_CRITERION = "posterior"  # of models whose calibration names none
 _KNOWN = (
     "auto, full, exit:LAYER, random[:SEED[/MEAN]], and with calibrated or given thresholds (NAME[:THRESHOLD]) "

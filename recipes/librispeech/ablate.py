@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from asr_exit.data import FeatureStore
 from asr_exit.encoder import Encoder
 from asr_exit.errors import AsrExitError, ConfigError
+from asr_exit.joint_gates import without_gates
 from asr_exit.metrics import bootstrap_reduction, wer
 from asr_exit.schedule import TrainConfig
 from asr_exit.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def score(run: Path, store: FeatureStore, chunk_frames: int) -> list[Decoded]:
     config = TrainConfig.from_dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
     description = json.loads((run / "data.json").read_text(encoding="utf-8"))
     encoder = Encoder(config.model).eval()
-    encoder.load_state_dict(load_file(run / "ema.safetensors"))
+    encoder.load_state_dict(without_gates(load_file(run / "ema.safetensors"))[0])
     batches = held_out_batches(store, np.array(description["feature_mean"], np.float32), None)
     frames = chunk_frames * 8 // config.model.subsampling  # chunks of equal length in milliseconds
     decoded, _, _ = decode_exits(

@@ -6,6 +6,7 @@
 Sources are model files, run folders (their ema.safetensors), and copies of a run's ema.safetensors or state.pt that lie
 in its folder. They must be stages of one training, or trainings that began from one: the mean of unrelated models is
 noise. Calibration is not carried over, since its thresholds belong to the weights they were found for: calibrate again.
+Gates that were trained with the encoder are averaged, too, where all sources have them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from asr_exit.checkpoint import Model, load, save_model
 from asr_exit.errors import AsrExitError, CheckpointError, ConfigError
+from asr_exit.joint_gates import KEY, gates_of, with_gates
 from recipes.librispeech.bundle import Parts, read_run, without_paths
 
 
@@ -35,7 +37,9 @@ def read_source(path: Path) -> Parts:
     if (path.parent / "config.json").is_file():
         return read_run(path.parent, path)
     model = load(path)
-    return Parts(model.config, model.encoder.state_dict(), model.tokenizer, model.provenance)
+    return Parts(
+        model.config, model.encoder.state_dict(), model.tokenizer, model.provenance, gates_of(model.calibration)
+    )
 
 
 def mean_of(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -78,8 +82,10 @@ def average(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = 
     ]
     provenance = {**sources[-1].provenance, "averaged": made}
     mean = mean_of([source.state for source in sources], weights)
+    gates = [{KEY: source.gates} for source in sources if source.gates is not None]
+    rows = mean_of(gates, weights)[KEY] if len(gates) == len(sources) else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_model(out, first.config, mean, first.tokenizer, None, without_paths(provenance))
+    save_model(out, first.config, mean, first.tokenizer, with_gates(None, rows), without_paths(provenance))
     return load(out)
 
 

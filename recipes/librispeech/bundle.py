@@ -1,4 +1,4 @@
-"""One file from a run folder: weights, configuration, tokenizer and provenance.
+"""One file from a run folder: weights, configuration, tokenizer and provenance; and the gates that were trained along.
 
     python -m recipes.librispeech.bundle --run RUN --out model.safetensors [--calibration calibration.json]
 
@@ -26,6 +26,7 @@ from asr_exit.checkpoint import Model, load, save_model
 from asr_exit.config import ModelConfig
 from asr_exit.encoder import Encoder
 from asr_exit.errors import AsrExitError, CheckpointError
+from asr_exit.joint_gates import with_gates, without_gates
 from asr_exit.tokenizer import Tokenizer
 
 WEIGHT_FILES = ("ema.safetensors", "state.pt")
@@ -68,6 +69,7 @@ class Parts:
     state: Mapping[str, Tensor]
     tokenizer: Tokenizer
     provenance: Mapping[str, Any]
+    gates: Tensor | None = None  # (exits - 1, features + 1), see `asr_exit.joint_gates`
 
 
 def read_run(run: Path, weights: Path | None = None) -> Parts:
@@ -95,10 +97,11 @@ def read_run(run: Path, weights: Path | None = None) -> Parts:
             state = torch.load(weights, map_location="cpu", weights_only=True)["ema"]
         else:
             state = load_file(weights)
+        state, gates = without_gates(state)
         Encoder(config).load_state_dict(state)
     except (SafetensorError, OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{weights} does not fit the run's configuration: {error}") from error
-    return Parts(config, state, Tokenizer((run / "tokenizer.model").read_bytes()), provenance)
+    return Parts(config, state, Tokenizer((run / "tokenizer.model").read_bytes()), provenance, gates)
 
 
 def bundle(run: Path, out: Path, calibration: Mapping[str, Any] | None = None) -> Model:
@@ -108,6 +111,7 @@ def bundle(run: Path, out: Path, calibration: Mapping[str, Any] | None = None) -
         CheckpointError: `run` is no run folder, or has exported nothing yet, or its parts do not fit together.
     """
     parts = read_run(run)
+    calibration = with_gates(calibration, parts.gates)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_model(out, parts.config, parts.state, parts.tokenizer, calibration, without_paths(parts.provenance))
     return load(out)

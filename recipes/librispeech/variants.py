@@ -72,6 +72,7 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
         distillation_weight=1.0,
         stages=(*c.stages[:-1], _until(c.stages[-1], 0.9), dataclasses.replace(c.stages[-1], heads_only=True)),
     ),
+    "joint gates": _set(gate_weight=0.3),
     "deeper heads at shallow exits": lambda c: _model(c, head_hidden=(384, 256, 0, 0, 0, 0)),
     "sorted training": _set(shallow_probability=0.5),
     "random depth, propagate": _set(random_depth_probability=0.25),
@@ -91,7 +92,13 @@ def dedicated(base: TrainConfig, layers: int) -> TrainConfig:
     model = dataclasses.replace(base.model, num_layers=layers, exit_every=layers, head_hidden=())
     stages = tuple(dataclasses.replace(stage, segments=1) for stage in base.stages)
     return dataclasses.replace(
-        base, model=model, stages=stages, shallow_probability=0.0, random_depth_probability=0.0, exit_weights=()
+        base,
+        model=model,
+        stages=stages,
+        shallow_probability=0.0,
+        random_depth_probability=0.0,
+        exit_weights=(),
+        gate_weight=0.0,
     )
 
 

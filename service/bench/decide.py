@@ -14,8 +14,8 @@ import torch
 from asr_exit.checkpoint import Model
 from asr_exit.engine import Engine
 from asr_exit.evidence import ExitScores, score, with_beam_share
-from asr_exit.policies.learned import FEATURES, ExitWeights
-from asr_exit.policy import CRITERIA, Criterion, Full, Gate, QExit, default_criterion, stops
+from asr_exit.policies.learned import FEATURES, ExitWeights, Learned
+from asr_exit.policy import CRITERIA, Criterion, Full, default_criterion, stops
 from asr_exit.stream import StreamOptions
 from service.bench.streams import looped
 
@@ -82,7 +82,7 @@ def _never(label: str, num_exits: int) -> Criterion:
     kind = CRITERIA[label]
     threshold = 0.0 if kind.low_is_sure else kind.largest
     weights = ExitWeights(((0.1,) * (len(FEATURES) + 1),) * (num_exits - 1))
-    return kind(threshold, weights=weights) if kind in (Gate, QExit) else kind(threshold)  # type: ignore[call-arg]
+    return kind(threshold, weights=weights) if issubclass(kind, Learned) else kind(threshold)
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk-ms", default="640,160,320,1280", metavar="LIST", help="the first is the default (default: %(default)s)"
     )
-    parser.add_argument("--criteria", metavar="LIST", help="separated by commas (default: all)")
+    parser.add_argument("--criteria", metavar="LIST", help="separated by commas (default: all that the model can have)")
     parser.add_argument(
         "--target", type=float, metavar="X", help="mean cost of the default thresholds as a share of full depth"
     )
@@ -44,14 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
     from asr_exit.calibration.workers import Recording, Workers
     from asr_exit.checkpoint import load, save_model
     from asr_exit.config import require
-    from asr_exit.policy import CRITERIA
     from asr_exit.tokenizer import normalise
     from service.allocator import keep_freed_memory
     from service.cli.recordings import spread_recordings
 
     lengths = [int(part) if part.strip().isdecimal() else 0 for part in arguments.chunk_ms.split(",")]
     require(min(lengths) > 0, f"--chunk-ms {arguments.chunk_ms!r} must be numbers joined by commas")
-    criteria = [part.strip() for part in arguments.criteria.split(",")] if arguments.criteria else list(CRITERIA)
+    criteria = [part.strip() for part in arguments.criteria.split(",")] if arguments.criteria else None
     recordings = [Recording(item.path, normalise(item.text)) for item in spread_recordings(arguments)]
     torch.set_num_threads(1)
     keep_freed_memory()

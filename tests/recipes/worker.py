@@ -40,7 +40,9 @@ def short_config(**changes: object) -> TrainConfig:
 
 def group_config() -> TrainConfig:
     """One segment pair from the start, so that every parameter has a gradient in every update."""
-    return short_config(hours=10.0, stages=(Stage(1.0, 2, 6.0, 10.0, True, 3e-3),), random_depth_probability=0.0)
+    return short_config(
+        hours=10.0, stages=(Stage(1.0, 2, 6.0, 10.0, True, 3e-3),), random_depth_probability=0.0, gate_weight=0.3
+    )
 
 
 def killed(data: Path, out: Path) -> None:

@@ -211,7 +211,7 @@ def test_a_calibrated_model_follows_a_wanted_cost(workers: Workers, recordings: 
     assert any("observing" in stage for stage in stages)
     layers = workers.model.config.exit_layers
     for chunk_ms in (640, 320):
-        for label in CRITERIA:
+        for label in set(CRITERIA) - {"joint-gate"}:  # the model has no gates of its own
             policy = parse_policy(label, exit_layers=layers, calibration=found, chunk_ms=chunk_ms)
             assert policy.adjustable
             settings = [dataclasses.replace(OPTIONS, policy=policy.at(at)) for at in (0.0, 1.0)]

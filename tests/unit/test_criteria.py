@@ -64,7 +64,12 @@ def test_each_criterion_looks_at_its_own_evidence(policy: ExitPolicy, field: str
 def test_only_the_sentence_criterion_asks_for_beams_and_few_for_similarity() -> None:
     never = {label: kind(kind.largest) for label, kind in CRITERIA.items()}
     assert [label for label, policy in never.items() if policy.beams] == ["sentence"]
-    assert [label for label, policy in never.items() if policy.needs_similarity] == ["similarity", "gate", "q-exit"]
+    assert [label for label, policy in never.items() if policy.needs_similarity] == [
+        "similarity",
+        "gate",
+        "joint-gate",
+        "q-exit",
+    ]
     assert not Full().needs_similarity
 
 

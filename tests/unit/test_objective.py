@@ -13,6 +13,7 @@ from asr_exit.config import ModelConfig
 from asr_exit.data import Batch
 from asr_exit.encoder import Encoder
 from asr_exit.errors import ConfigError
+from asr_exit.joint_gates import JointGates
 from asr_exit.loss import consistency_loss, distillation_losses, exit_losses
 from asr_exit.objective import Draw, draw, objective
 from asr_exit.schedule import Stage, TrainConfig
@@ -37,9 +38,11 @@ def model() -> Encoder:
     return Encoder(MODEL)
 
 
-def run(model: Encoder, batch: Batch, drawn: Draw = PLAIN, **changes: object) -> tuple[float, list[float]]:
+def run(
+    model: Encoder, batch: Batch, drawn: Draw = PLAIN, gates: JointGates | None = None, **changes: object
+) -> tuple[float, list[float]]:
     config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
-    loss, losses = objective(model, batch, config, drawn, torch.device("cpu"))
+    loss, losses = objective(model, batch, config, drawn, torch.device("cpu"), gates=gates)
     return loss.item(), losses.tolist()
 
 
