@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from asr_exit.ctc import CtcDecoder, CtcState
 from asr_exit.endpoint import EndpointRule
-from asr_exit.words import Word, split_stable, stable_word_count, text_from_words, words_from_tokens
+from asr_exit.words import Word, WordReader, split_stable, stable_word_count, text_from_words, words_from_tokens
 
 if TYPE_CHECKING:
     from asr_exit.stream import Chunk
@@ -44,6 +44,7 @@ class Captions:
         self._settled_exit: int | None = None
         self._revisable: deque[Chunk] = deque()
         self._viewed: tuple[tuple[object, ...], CtcState] | None = None  # what was decoded last, and the result
+        self._reader = WordReader(pieces, frame_ms)
         self._read: tuple[CtcState, tuple[Word, ...]] | None = None
         self._settled_words: tuple[CtcState, int] | None = None  # a settled state and how many words it has
         self._began_frame = 0  # where the last final text ended
@@ -92,7 +93,7 @@ class Captions:
 
     def _words(self, state: CtcState) -> tuple[Word, ...]:
         if self._read is None or self._read[0] is not state:
-            self._read = (state, words_from_tokens(state.tokens(), self._pieces, self._frame_ms))
+            self._read = (state, self._reader.read(state.tokens()))
         return self._read[1]
 
     def _num_settled_words(self) -> int:
@@ -135,9 +136,9 @@ class Captions:
 
     def at_endpoint(self, rules: Iterable[EndpointRule]) -> bool:
         """Whether one of the rules ends the utterance here."""
+        has_words, silence_ms, utterance_ms = self.has_words, self.silence_ms(), self.utterance_ms()
         return any(
-            rule.holds(contains_speech=self.has_words, silence_ms=self.silence_ms(), utterance_ms=self.utterance_ms())
-            for rule in rules
+            rule.holds(contains_speech=has_words, silence_ms=silence_ms, utterance_ms=utterance_ms) for rule in rules
         )
 
     def take_final(self) -> Caption:

@@ -15,7 +15,7 @@ class Float32LogMel:
     def __init__(self, config: FeatureConfig) -> None:
         self._config = config
         self._window = torch.from_numpy(scaled_window(config)).float()
-        self._filters = torch.from_numpy(mel_filterbank(config)).float()
+        self._filters = torch.from_numpy(mel_filterbank(config).repeat(2, axis=0)).float()  # of both parts of a bin
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """(B, N) float32 -> (B, T, num_mels) float32."""
@@ -25,11 +25,11 @@ class Float32LogMel:
         emphasised = torch.nn.functional.pad(emphasised, (1, 0))
         windows = signal.unfold(1, config.window_samples, config.hop_samples)
         mean = windows.mean(dim=-1)
-        padded = torch.zeros(*mean.shape, config.fft_size)
+        padded = torch.empty(*mean.shape, config.fft_size)
+        padded[..., config.window_samples :] = 0.0
         frames = padded[..., : config.window_samples]
         torch.sub(emphasised.unfold(1, config.window_samples, config.hop_samples), keep * mean[..., None], out=frames)
         frames[..., 0] = keep * (windows[..., 0] - mean)
         frames.mul_(self._window)
-        spectrum = torch.fft.rfft(padded)
-        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-        return (power @ self._filters).clamp_min_(ENERGY_FLOOR).log_().numpy()
+        squares = torch.view_as_real(torch.fft.rfft(padded)).flatten(-2).square_()
+        return (squares @ self._filters).clamp_min_(ENERGY_FLOOR).log_().numpy()

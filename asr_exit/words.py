@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from asr_exit.ctc import TokenSpan
 from asr_exit.errors import ConfigError
@@ -66,6 +67,29 @@ def words_from_tokens(tokens: Sequence[TokenSpan], pieces: Sequence[str], frame_
         else:
             unclaimed += len(members)
     return tuple(words)
+
+
+class WordReader:
+    """`words_from_tokens` for a text that grows: only the words that can have changed are made anew."""
+
+    def __init__(self, pieces: Sequence[str], frame_ms: float) -> None:
+        self._pieces, self._frame_ms = pieces, frame_ms
+        self._tokens: tuple[TokenSpan, ...] = ()
+        self._words: tuple[Word, ...] = ()
+
+    def read(self, tokens: tuple[TokenSpan, ...]) -> tuple[Word, ...]:
+        """Words of `tokens`, the first of which are mostly the same objects as those read before. Errors as there."""
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], zip(self._tokens, tokens, strict=False)))
+        kept, used, end = 0, 0, 0
+        for count, word in enumerate(self._words[:-1], 1):  # the last one may grow
+            end += word.num_tokens
+            if end >= same:
+                break
+            if self._pieces[tokens[end].id] != WORD_START:  # a bare one may yet be counted to the word before it
+                kept, used = count, end
+        self._tokens = tokens
+        self._words = self._words[:kept] + words_from_tokens(tokens[used:], self._pieces, self._frame_ms)
+        return self._words
 
 
 def text_from_words(words: Iterable[Word]) -> str:

@@ -15,13 +15,12 @@ from asr_exit.policy import CRITERIA, Reason, parse_policy
 from asr_exit.stream import Fill, StreamOptions
 from service.audio_input import AudioFormat, Container
 from service.errors import StreamError, invalid
-from service.outbox import ChunkRecord, Update
+from service.outbox import Update
 from service.pb import speech_pb2 as pb
 from service.session import StreamRequest
 
 if TYPE_CHECKING:
     from asr_exit.checkpoint import Model
-    from asr_exit.words import Word
     from service.config import StreamDefaults
 
 ENCODINGS: dict[pb.StreamingConfig.AudioEncoding, Encoding | Container] = {
@@ -154,35 +153,39 @@ def check_model_name(name: str, model: Model) -> None:
 
 
 def response(update: Update, *, word_times: bool, first: bool) -> pb.StreamingRecognizeResponse:
-    """One update as a response. `first` says that no final transcript was sent before, so no space is needed."""
-    result = update.result
-    newest = update.chunks[-1]
-    alternatives = []
+    """One update as a response. `first` says that no final transcript was sent before, so no space is needed.
+
+    Messages are filled in where they lie: building them apart and copying them in takes three times as long.
+    """
+    result, response = update.result, pb.StreamingRecognizeResponse()
     space = "" if first else " "
-    if update.text:
-        alternatives.append(
-            pb.SpeechRecognitionAlternative(
-                transcript=space + update.text,
-                confidence=update.confidence,
-                words=[_word(word) for word in result.words] if word_times else [],
-            )
-        )
-    return pb.StreamingRecognizeResponse(
-        results=[
-            pb.StreamingRecognitionResult(
-                alternatives=alternatives,
-                is_final=update.lasting,
-                stability=1.0 if update.lasting else result.stability,
-                result_end_offset=duration(result.end_ms),
-                exit_layer=result.exit_layer,
-                decision=DECISIONS[result.reason],
-                encoder_macs=sum(chunk.encoder_macs for chunk in update.chunks),
-                chunk_latency=duration(newest.latency_ms),
-                chunks=[_chunk(chunk) for chunk in update.chunks],
-                committed_characters=len(space + result.committed) if result.committed else 0,
-            )
-        ]
+    out = response.results.add(
+        is_final=update.lasting,
+        stability=1.0 if update.lasting else result.stability,
+        exit_layer=result.exit_layer,
+        decision=DECISIONS[result.reason],
+        encoder_macs=sum([chunk.encoder_macs for chunk in update.chunks]),
+        committed_characters=len(space + result.committed) if result.committed else 0,
     )
+    if text := update.text:
+        best = out.alternatives.add(transcript=space + text, confidence=update.confidence)
+        for word in result.words if word_times else ():
+            shown = best.words.add(word=word.text, confidence=word.confidence)
+            set_duration(shown.start_offset, word.start_ms)
+            set_duration(shown.end_offset, word.end_ms)
+    set_duration(out.result_end_offset, result.end_ms)
+    set_duration(out.chunk_latency, update.chunks[-1].latency_ms)
+    for chunk in update.chunks:
+        record = out.chunks.add(
+            index=chunk.index,
+            exit_layer=chunk.exit_layer,
+            decision=DECISIONS[chunk.reason],
+            encoder_macs=chunk.encoder_macs,
+        )
+        set_duration(record.start_offset, chunk.start_ms)
+        set_duration(record.end_offset, chunk.end_ms)
+        set_duration(record.latency, chunk.latency_ms)
+    return response
 
 
 def describe(model: Model, defaults: StreamDefaults, chunk_ms: Sequence[int]) -> pb.Model:
@@ -210,26 +213,14 @@ def describe(model: Model, defaults: StreamDefaults, chunk_ms: Sequence[int]) ->
 
 def duration(milliseconds: float) -> Duration:
     """Milliseconds as a Duration, to the microsecond."""
-    seconds, micros = divmod(round(milliseconds * 1000), 1_000_000)
-    return Duration(seconds=seconds, nanos=micros * 1000)
+    value = Duration()
+    set_duration(value, milliseconds)
+    return value
 
 
-def _word(word: Word) -> pb.WordInfo:
-    return pb.WordInfo(
-        start_offset=duration(word.start_ms),
-        end_offset=duration(word.end_ms),
-        word=word.text,
-        confidence=word.confidence,
-    )
-
-
-def _chunk(chunk: ChunkRecord) -> pb.ChunkReport:
-    return pb.ChunkReport(
-        index=chunk.index,
-        start_offset=duration(chunk.start_ms),
-        end_offset=duration(chunk.end_ms),
-        exit_layer=chunk.exit_layer,
-        decision=DECISIONS[chunk.reason],
-        encoder_macs=chunk.encoder_macs,
-        latency=duration(chunk.latency_ms),
-    )
+def set_duration(field: Duration, milliseconds: float) -> None:
+    """Fills in a message's Duration as `duration` does; zero is present, too."""
+    micros = round(milliseconds * 1000)
+    field.seconds, field.nanos = micros // 1_000_000, micros % 1_000_000 * 1000
+    if not micros:
+        field.SetInParent()

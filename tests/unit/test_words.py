@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
 from asr_exit.ctc import TokenSpan
 from asr_exit.errors import ConfigError
-from asr_exit.words import split_stable, stable_word_count, text_from_words, words_from_tokens
+from asr_exit.words import WordReader, split_stable, stable_word_count, text_from_words, words_from_tokens
 
 PIECES = ("<blk>", "▁the", "▁cat", "s", "▁", "▁a")
 
@@ -41,6 +42,18 @@ def test_bare_word_marks(labels: tuple[int, ...], text: str, counts: list[int]) 
     words = words_from_tokens(spans(*labels), PIECES, 80.0)
     assert text_from_words(words) == text
     assert [word.num_tokens for word in words] == counts
+
+
+def test_a_growing_text_reads_as_one_that_is_read_anew() -> None:
+    rng = random.Random(7)
+    reader, tokens = WordReader(PIECES, 80.0), ()
+    for _ in range(300):
+        # the newest token is mostly another object
+        kept = tokens[: rng.choice((len(tokens), len(tokens) - 1, len(tokens) - 1, rng.randint(0, len(tokens))))]
+        at = len(kept)
+        new = spans(*(rng.randint(1, 5) for _ in range(at + rng.randint(0, 3))))[at:]
+        tokens = kept + new
+        assert reader.read(tokens) == words_from_tokens(tokens, PIECES, 80.0)
 
 
 def test_a_foreign_tokenizer_is_refused() -> None:
