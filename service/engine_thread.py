@@ -68,6 +68,7 @@ class EngineThread:
         self._stopping = False  # guarded by _wake
         self._feeds: dict[Stream, Feed] = {}
         self._events: list[Event] = []
+        self._ceiling: int | None = None  # that load set last
         self._may_catch_up = False  # chunks may wait for idle moments
         self._thread = threading.Thread(target=self._run, name="asr-exit-engine")
 
@@ -237,6 +238,9 @@ class EngineThread:
                 output, 1000 * worst_late_s, ready_streams=len(self._scheduler), free_slots=self._engine.free_slots
             )
             self._engine.set_load_ceiling(ceiling)
+            if self._metrics and ceiling != self._ceiling:
+                self._metrics.ceiling(ceiling, changed=self._ceiling is not None)
+            self._ceiling = ceiling
 
     def _catch_up(self) -> bool:
         """Uses an idle moment; whether there was something to do."""

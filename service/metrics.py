@@ -49,6 +49,10 @@ class Metrics:
         self._macs = counter("encoder_macs", "Multiply-accumulates spent in the encoder")
         self._audio = counter("audio_seconds", "Audio recognised")
         self._factor = gauge("real_time_factor", "Engine time per second of audio, over the last steps")
+        self._exit_layers = tuple(exit_layers)
+        self._ceiling = gauge("load_ceiling_layer", "Deepest layer that load allows")
+        self._ceiling.set(exit_layers[-1])
+        self._ceiling_changes = counter("load_ceiling_changes", "Times that load lowered or raised that layer")
         self._by_reason = {reason: self._decisions.labels(str(reason.value)) for reason in Reason}
         self._usual_factor = 0.0
         gauge("slots", "Most streams at the same time").set(slots)
@@ -88,6 +92,11 @@ class Metrics:
             weight = _MEMORY_OF_STEPS if self._usual_factor else 0.0
             self._usual_factor = weight * self._usual_factor + (1 - weight) * seconds / audio_s
             self._factor.set(self._usual_factor)
+
+    def ceiling(self, exit_index: int, *, changed: bool) -> None:
+        """The deepest exit that load allows an engine from now on; `changed`: it allowed another one before."""
+        self._ceiling.set(self._exit_layers[exit_index])
+        self._ceiling_changes.inc(int(changed))
 
     def serve(self, config: MetricsConfig) -> Callable[[], None]:
         """Answer at /metrics on a thread of its own; returns what stops that. Raises ConfigError for a taken port."""

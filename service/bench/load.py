@@ -30,6 +30,7 @@ class Trial:
     seconds: float
     chunks: int
     chunk_latency_ms: tuple[float, ...] | None
+    mean_latency_ms: float
     first_partial_ms: tuple[float, ...] | None
     end_of_speech_ms: tuple[float, ...] | None
     word_error_rate: float | None  # of the utterances begun and ended while it counted
@@ -42,6 +43,9 @@ class Trial:
     overhead_share: float  # of the server's processor time: outside engine steps (gRPC, scheduling, decoding)
     streams_per_step: float
     rss_mb: float
+    server_latency_ms: float  # mean, as the server counts it: what the clients see beyond it waits outside the engine
+    encoder_gmacs_per_second: float  # billions of multiply-accumulates per second of processor time inside steps
+    policy: str = ""  # empty: the server's
 
     def holds(self, latency_ms: float) -> bool:
         """Whether p99 stays within `latency_ms` without an error."""
@@ -81,11 +85,13 @@ def run_trial(
 
     errors = wer(list(map(normalise, heard.references)), heard.hypotheses) if heard.references else None
     messages = max(1.0, streams * 1000 * seconds / message_ms)
+    latencies = [latency for _, latency in heard.chunk_ms]
     result = Trial(
         streams=streams,
         seconds=seconds,
         chunks=len(heard.chunk_ms),
-        chunk_latency_ms=quantiles([latency for _, latency in heard.chunk_ms]),
+        chunk_latency_ms=quantiles(latencies),
+        mean_latency_ms=float(np.mean(latencies)) if latencies else 0.0,
         first_partial_ms=quantiles(heard.first_partial_ms),
         end_of_speech_ms=quantiles(heard.end_ms),
         word_error_rate=errors.rate if errors else None,
@@ -98,6 +104,9 @@ def run_trial(
         overhead_share=1 - grown("step_cpu_seconds_total") / cpu_s if cpu_s else 0.0,
         streams_per_step=grown("step_streams_sum") / max(1.0, grown("step_streams_count")),
         rss_mb=server.usage().rss_mb,
+        server_latency_ms=1000 * grown("chunk_latency_seconds_sum") / max(1.0, grown("chunk_latency_seconds_count")),
+        encoder_gmacs_per_second=grown("encoder_macs_total") / max(1e-9, grown("step_cpu_seconds_total")) / 1e9,
+        policy=settings.policy,
     )
     return result, heard
 

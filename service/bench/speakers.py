@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +45,7 @@ class Heard:
     chunk_ms: list[tuple[float, float]] = field(default_factory=list)  # (second of the trial, latency)
     first_partial_ms: list[float] = field(default_factory=list)  # from the first sample sent to the first text
     end_ms: list[float] = field(default_factory=list)  # from the last sample sent to the last final
+    depths: list[tuple[float, int, str]] = field(default_factory=list)  # (second of the trial, exit layer, decision)
     layers: Counter[int] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
     references: list[str] = field(default_factory=list)
@@ -68,24 +70,35 @@ class Speakers:
 
     async def run(self, count: int, warm_up_s: float, seconds: float) -> Heard:
         """Speak for `warm_up_s`, then for `seconds` that count; what had begun by then is spoken to its end."""
+        async with self.speaking(count) as tasks:
+            await asyncio.sleep(warm_up_s)
+            self.count_from_now()
+            await asyncio.sleep(seconds)
+            self._measuring = False
+            self._stop.set()
+            await asyncio.gather(*tasks)
+        return self.heard
+
+    @asynccontextmanager
+    async def speaking(self, count: int) -> AsyncIterator[list[asyncio.Task[None]]]:
+        """`count` clients speak until the block ends; each one's task may be cancelled before."""
         connections = [AsyncSpeechClient(self._address) for _ in range(-(-count // STREAMS_PER_CONNECTION))]
         tasks = [
             asyncio.create_task(self._speaker(connections[number % len(connections)], number))
             for number in range(count)
         ]
         try:
-            await asyncio.sleep(warm_up_s)
-            self._begin, self._measuring = time.perf_counter(), True
-            await asyncio.sleep(seconds)
-            self._measuring = False
-            self._stop.set()
-            await asyncio.gather(*tasks)
+            yield tasks
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             for connection in connections:
                 await connection.close()
-        return self.heard
+
+    def count_from_now(self) -> None:
+        """What is heard from here on is kept in `heard`, by the time since."""
+        self._begin, self._measuring = time.perf_counter(), True
 
     async def _speaker(self, client: AsyncSpeechClient, number: int) -> None:
         rng = random.Random(self._rng.random() + number)
@@ -106,6 +119,7 @@ class Speakers:
                 if self._measuring:
                     self._count(caption.chunks[-1].end_ms if caption.chunks else caption.end_ms, now, sent)
                     for chunk in caption.chunks:
+                        self.heard.depths.append((now - self._begin, chunk.exit_layer, chunk.decision))
                         self.heard.layers[chunk.exit_layer] += 1
                         self.heard.decisions[chunk.decision] += 1
                 if caption.text and not first_text:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from service.bench import load
+from asr_exit.checkpoint import Model
+from service.background import BackgroundServer
+from service.bench import load, overload
 from service.bench.load import Trial
 from service.bench.soak import slope_in_ten_minutes
 from service.bench.speakers import varied
+from service.cli import bench_load
 from service.cli.main import main
+from service.client import StreamSettings
+from service.config import load_config
 from tests.conftest import babble
+from tests.service.fake_engine import FakeEngine
 
 TINY = ["--no-pin", "--precision", "fp32", "--json"]
 
@@ -25,6 +32,7 @@ def trial(streams: int, p99_ms: float, errors: int = 0) -> Trial:
         seconds=1.0,
         chunks=1,
         chunk_latency_ms=(p99_ms / 4, p99_ms / 2, p99_ms),
+        mean_latency_ms=p99_ms / 4,
         first_partial_ms=None,
         end_of_speech_ms=None,
         word_error_rate=None,
@@ -37,6 +45,8 @@ def trial(streams: int, p99_ms: float, errors: int = 0) -> Trial:
         overhead_share=0.1,
         streams_per_step=1.0,
         rss_mb=1.0,
+        server_latency_ms=p99_ms / 4,
+        encoder_gmacs_per_second=10.0,
     )
 
 
@@ -60,6 +70,68 @@ def test_a_trial_with_errors_does_not_hold() -> None:
     assert trial(1, 100).holds(640)
     assert not trial(1, 100, errors=1).holds(640)
     assert not trial(1, 641).holds(640)
+
+
+def test_policies_are_compared_with_the_first() -> None:
+    full, auto = replace(trial(100, 600), word_error_rate=0.2), replace(trial(180, 600), word_error_rate=0.21)
+    found = {"full": full, "auto": auto}
+    said = "auto: 1.80 times the streams of full, WER at that load +5.0 % relative"
+    assert bench_load._findings(found, 640)[-1] == said
+    assert len(bench_load._findings(found | {"auto": None}, 640)) == 2  # nothing held: nothing to compare
+
+
+class FakeServed:
+    """What `measure_overload` asks of a served process, over a server whose chunks all leave at layer 2."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.asked = 0
+
+    def figures(self) -> dict[str, float]:
+        """The ceiling falls once while it is looked at."""
+        self.asked += 1
+        lowered = float(self.asked > 2)
+        return {"asr_exit_load_ceiling_layer": 12 - 4 * lowered, "asr_exit_load_ceiling_changes_total": lowered}
+
+
+def test_overload_is_watched(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overload, "_LOOK_EVERY_S", 0.1)
+    config = load_config(None, {"listen": {"port": 0}, "limits": {"streams": 8}, "load": {"shed_depth": False}})
+    with BackgroundServer(model, config, FakeEngine(slots=8)) as server:  # type: ignore[arg-type]
+        report = overload.measure_overload(
+            FakeServed(server.address),  # type: ignore[arg-type]
+            varied(babble(3.0), "a b"),
+            StreamSettings(chunk_ms=160, policy="full"),
+            capacity=4,
+            warm_up_s=1.2,
+            seconds=0.6,
+            relief_s=0.6,
+            message_ms=40,
+        )
+    assert (report.overload.streams, report.relief.streams) == (6, 2)
+    assert report.overload.chunk_latency_ms is not None
+    assert report.overload.mean_exit_layer == 2
+    assert report.ceilings[0][1] == 12
+    assert report.ceilings[-1][1] == 8
+    assert report.ceiling_changes_per_second == pytest.approx(1 / 0.6, rel=0.5)
+    assert (report.recovery_s, report.errors) == (0.0, {})
+    assert 0 <= report.generator_late < 1
+
+
+def test_bars_of_an_overload() -> None:
+    over = overload.Phase(168, 20.0, (300.0, 500.0, 900.0), (300.0, 500.0, 600.0), 7.0, 0.8)
+    relief = overload.Phase(56, 6.0, (100.0, 200.0, 300.0), (100.0, 200.0, 300.0), 12.0, 0.0)
+    good = overload.OverloadReport(over, relief, 0.2, 1.5, [(0.0, 12)], {}, 0.0)
+    assert good.holds(640)
+    assert not good.holds(499)
+    for spoilt in (
+        replace(good, recovery_s=2.1),
+        replace(good, ceiling_changes_per_second=1.1),
+        replace(good, errors={"UNAVAILABLE": 1}),
+        replace(good, overload=replace(over, cut_by_load=0.0)),
+        replace(good, overload=replace(over, mean_exit_layer=12.0)),
+    ):
+        assert not spoilt.holds(640)
 
 
 def test_quantiles_and_plot(tmp_path: Path) -> None:
@@ -89,8 +161,11 @@ def test_load(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     (seen,) = report["trials"]
     assert (report["holds"], report["streams"], seen["errors"]) == (True, 3, {})
+    assert report["streams_by_policy"] == {"exit:4": 3}
     assert 3 <= seen["chunks"] <= 24
     assert set(seen["chunks_by_layer"]) == {"4"}
+    assert 0 < seen["server_latency_ms"] < seen["mean_latency_ms"] + 100
+    assert 0 < seen["encoder_gmacs_per_second"] < report["matrix_gmacs_per_second"]
     assert seen["chunk_latency_ms"] == sorted(seen["chunk_latency_ms"])
     assert 0 < seen["cpu_share"] < 1
     assert 0 <= seen["overhead_share"] <= 1
