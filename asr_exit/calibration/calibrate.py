@@ -29,7 +29,8 @@ TOLERANCE = 0.0075  # relative word errors that early exits may cost here; for u
 PROBES = (0.25, 0.5, 0.75)  # rows replayed per criterion, by their place in the table
 PROBE_SECONDS = 360.0  # of audio per replayed row
 COMPARED_COSTS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # where criteria compete for being the default
-TRIES = 3  # rows that the default policy may step up when the engine measures more errors than predicted
+FINALISTS = 3  # the best of them are measured in the engine, on everything
+TRIES = 3  # rows that one of these may step up when the engine measures more errors than predicted
 CHUNK_MS = (640, 160, 320, 1280)  # the first is what is meant where nobody says
 
 
@@ -111,10 +112,11 @@ def _for_chunk(
         result[label] = chosen.stored(CRITERIA[label]) | _weights(policy)
         result[label]["table"] = [row.stored(CRITERIA[label]) for row in rows]
     cheap = [label for label in criteria if CRITERIA[label].beams == 0] or list(criteria)
-    best = min(cheap, key=lambda label: _mean_wer(tables[label][1]))
-    result["default"] = best
-    on_stage(f"{chunk_ms:g} ms: measuring {best}, the default")
-    result[best] |= _measured(probe, *tables[best], result[best], observations.full_wer, target, tolerance)
+    limit = (1.0 + tolerance) * observations.full_wer
+    for label in sorted(cheap, key=lambda label: _mean_wer(tables[label][1]))[:FINALISTS]:
+        on_stage(f"{chunk_ms:g} ms: measuring {label}, which may become the default")
+        result[label] |= _measured(probe, *tables[label], result[label], limit, target)
+    result["default"] = best_measured(result, limit, target)
     return result
 
 
@@ -207,17 +209,25 @@ class _Probe:
         ]
 
 
+def best_measured(result: Mapping[str, Any], limit: float, target: float | None) -> str:
+    """Of the measured criteria the cheapest whose word error rate keeps the limit, or else the one with fewest errors;
+    at a given cost the one with fewest errors."""
+    rows = {label: row for label, row in result.items() if isinstance(row, Mapping) and "wer_measured" in row}
+    good = [label for label, row in rows.items() if row["wer_measured"] <= limit]
+    if target is not None or not good:
+        return min(rows, key=lambda label: rows[label]["wer_measured"])
+    return min(good, key=lambda label: rows[label]["macs_fraction_measured"])
+
+
 def _measured(
     probe: _Probe,
     policy: Criterion,
     rows: Sequence[Row],
     stored: Mapping[str, Any],
-    full_wer: float,
+    limit: float,
     target: float | None,
-    tolerance: float,
 ) -> dict[str, Any]:
-    """The stored row as the engine measures it on everything; where it errs too often, a more expensive one."""
-    limit = (1.0 + tolerance) * full_wer
+    """The stored row as the engine measures it on everything; above `limit` word errors, a more expensive one."""
     place = next(i for i, row in enumerate(rows) if row.stored(type(policy))["thresholds"] == stored["thresholds"])
     for step in range(TRIES):
         row = rows[min(place + step, len(rows) - 1)]

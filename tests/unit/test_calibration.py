@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from asr_exit.calibration.calibrate import calibrate, table, trained
+from asr_exit.calibration.calibrate import best_measured, calibrate, table, trained
 from asr_exit.calibration.gates import train_gates, train_hazards
 from asr_exit.calibration.observe import Observations, observe
 from asr_exit.calibration.replay import Joined, Mixed, outcome, replay
@@ -206,6 +206,7 @@ def test_a_calibrated_model_follows_a_wanted_cost(workers: Workers, recordings: 
     found = json.loads(json.dumps(found))
     assert found["data"] == "babble, 5 utterances, 0.01 h"
     assert found["default"] in CRITERIA
+    assert sum("wer_measured" in row for row in found.values() if isinstance(row, dict)) == 3
     assert "wer_measured" in found[found["default"]]
     assert list(found["by_chunk_ms"]) == ["320"]
     assert any("observing" in stage for stage in stages)
@@ -218,6 +219,17 @@ def test_a_calibrated_model_follows_a_wanted_cost(workers: Workers, recordings: 
             costs = [outcome(replay(workers.model, recordings[:2], setting)).macs_fraction for setting in settings]
             assert costs[0] < 0.4
             assert costs[1] == 1.0
+
+
+def test_the_default_is_the_cheapest_that_keeps_the_limit_in_the_engine() -> None:
+    def row(cost: float, wer: float) -> dict[str, float]:
+        return {"macs_fraction": 0.1, "wer": 0.1, "macs_fraction_measured": cost, "wer_measured": wer}
+
+    measured = {"gate": row(0.6, 0.50), "entropy": row(0.4, 0.51), "posterior": row(0.3, 0.52)}
+    result = {"chunk_ms": 640.0, **measured, "patience": {"macs_fraction": 0.1, "wer": 0.1}}  # never measured
+    assert best_measured(result, limit=0.515, target=None) == "entropy"
+    assert best_measured(result, limit=0.49, target=None) == "gate"  # none keeps it
+    assert best_measured(result, limit=0.53, target=0.5) == "gate"  # of equal cost
 
 
 def test_nonsense_is_refused(workers: Workers, recordings: list[Recording]) -> None:
