@@ -168,7 +168,9 @@ def test_load(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < seen["encoder_gmacs_per_second"] < report["matrix_gmacs_per_second"]
     assert seen["chunk_latency_ms"] == sorted(seen["chunk_latency_ms"])
     assert 0 < seen["cpu_share"] < 1
-    assert 0 <= seen["overhead_share"] <= 1
+    assert (
+        -0.2 <= seen["overhead_share"] <= 1
+    )  # two clocks, one of which ticks every 10 ms: of little time, no exact share
     assert seen["streams_per_step"] >= 1
 
 

@@ -26,8 +26,14 @@ DATA = pcm16(babble(2.0))
 
 @contextmanager
 def serving(model_path: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Runs `asr-exit serve` on a free port; yields the process and its address."""
-    command = [sys.executable, "-m", "service.cli.main", "serve", "--port", "0", "--model", str(model_path), *arguments]
+    """Runs `asr-exit serve` on a free port; yields the process and its address.
+
+    Depth does not give way to load: texts must not depend on what else the machine does.
+    """
+    settings = model_path.with_name("serve.toml")
+    settings.write_text("[load]\nshed_depth = false\n", encoding="utf-8")
+    command = [sys.executable, "-m", "service.cli.main", "serve", "--port", "0", "--model", str(model_path)]
+    command += ["--config", str(settings), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout
