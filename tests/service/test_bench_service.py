@@ -103,9 +103,9 @@ def test_overload_is_watched(model: Model, monkeypatch: pytest.MonkeyPatch) -> N
             varied(babble(3.0), "a b"),
             StreamSettings(chunk_ms=160, policy="full"),
             capacity=4,
-            warm_up_s=1.2,
-            seconds=0.6,
-            relief_s=0.6,
+            warm_up_s=1.5,
+            seconds=2.5,  # long enough for a busy machine to hear of a chunk
+            relief_s=1.5,
             message_ms=40,
         )
     assert (report.overload.streams, report.relief.streams) == (6, 2)
@@ -113,7 +113,7 @@ def test_overload_is_watched(model: Model, monkeypatch: pytest.MonkeyPatch) -> N
     assert report.overload.mean_exit_layer == 2
     assert report.ceilings[0][1] == 12
     assert report.ceilings[-1][1] == 8
-    assert report.ceiling_changes_per_second == pytest.approx(1 / 0.6, rel=0.5)
+    assert report.ceiling_changes_per_second == pytest.approx(1 / 2.5, rel=0.5)
     assert (report.recovery_s, report.errors) == (0.0, {})
     assert 0 <= report.generator_late < 1
 
