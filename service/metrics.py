@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ class Metrics:
         self._queue = histogram("queue_delay_seconds", "Longest wait for the engine in a step", _LATENCY_S)
         self._step = histogram("step_seconds", "Duration of an engine step", _STEP_S)
         self._step_cpu = counter("step_cpu_seconds", "Processor time of the engine threads inside steps")
+        self._process_cpu = gauge("process_cpu_seconds", "Processor time of the server until its last step ended")
         self._batch = histogram("step_streams", "Streams in an engine step", _BATCH)
         self._exit = histogram("exit_layer", "Layer after which a chunk left the encoder", exit_layers)
         self._decisions = counter("chunks", "Chunks recognised, by why they left where they did", "decision")
@@ -85,6 +87,7 @@ class Metrics:
         seconds = output.step_ms / 1000
         self._step.observe(seconds)
         self._step_cpu.inc(cpu_s)
+        self._process_cpu.set(time.process_time())  # now, so that steps never seem to take more than the process did
         self._queue.observe(max(0.0, late_s - seconds))
         self._batch.observe(len(output.results))
         audio_s = sum(result.chunk_ms for result in output.results) / 1000

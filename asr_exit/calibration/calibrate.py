@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from asr_exit.calibration.compare import best_measured, unseen_wer
 from asr_exit.calibration.gates import train_gates, train_hazards
 from asr_exit.calibration.observe import Observations, observe
 from asr_exit.calibration.replay import outcome, replay
@@ -25,12 +26,11 @@ from asr_exit.policies.learned import FEATURES, ExitWeights
 from asr_exit.policy import CRITERIA, Criterion, Gate, JointGate, QExit
 from asr_exit.stream import Fill, StreamOptions
 
-TOLERANCE = 0.0075  # relative word errors that early exits may cost here; for unseen speakers it is about twice that
+TOLERANCE = 0.0125  # relative word errors that early exits may cost here; for unseen speakers it is somewhat more
 PROBES = (0.25, 0.5, 0.75)  # rows replayed per criterion, by their place in the table
-PROBE_SECONDS = 360.0  # of audio per replayed row
-COMPARED_COSTS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # where criteria compete for being the default
+PROBE_SECONDS = 1500.0  # of audio per replayed row
 FINALISTS = 3  # the best of them are measured in the engine, on everything
-TRIES = 3  # rows that one of these may step up when the engine measures more errors than predicted
+TRIES = 8  # rows that one of these may step up when the engine measures more errors than predicted
 CHUNK_MS = (640, 160, 320, 1280)  # the first is what is meant where nobody says
 
 
@@ -113,7 +113,9 @@ def _for_chunk(
         result[label]["table"] = [row.stored(CRITERIA[label]) for row in rows]
     cheap = [label for label in criteria if CRITERIA[label].beams == 0] or list(criteria)
     limit = (1.0 + tolerance) * observations.full_wer
-    for label in sorted(cheap, key=lambda label: _mean_wer(tables[label][1]))[:FINALISTS]:
+    stored = workers.model.calibration
+    wers = {label: unseen_wer(observations, lambda seen, label=label: _solved(label, seen, stored)) for label in cheap}
+    for label in sorted(cheap, key=lambda label: wers[label])[:FINALISTS]:
         on_stage(f"{chunk_ms:g} ms: measuring {label}, which may become the default")
         result[label] |= _measured(probe, *tables[label], result[label], limit, target)
     result["default"] = best_measured(result, limit, target)
@@ -151,10 +153,9 @@ def table(policy: Criterion, observations: Observations) -> list[Row]:
     return thinned(rows)
 
 
-def _mean_wer(rows: Sequence[Row]) -> float:
-    """Over `COMPARED_COSTS`: one row's word errors would say more about chance than about the criterion."""
-    costs, wers = [row.macs_fraction for row in rows], [row.wer for row in rows]
-    return float(np.interp(COMPARED_COSTS, costs, wers).mean())
+def _solved(label: str, observations: Observations, stored: Mapping[str, Any]) -> tuple[Criterion, list[Row]]:
+    policy = trained(label, observations, stored)
+    return policy, table(policy, observations)
 
 
 def _weights(policy: Criterion) -> dict[str, Any]:
@@ -207,16 +208,6 @@ class _Probe:
             )
             for row in rows
         ]
-
-
-def best_measured(result: Mapping[str, Any], limit: float, target: float | None) -> str:
-    """Of the measured criteria the cheapest whose word error rate keeps the limit, or else the one with fewest errors;
-    at a given cost the one with fewest errors."""
-    rows = {label: row for label, row in result.items() if isinstance(row, Mapping) and "wer_measured" in row}
-    good = [label for label, row in rows.items() if row["wer_measured"] <= limit]
-    if target is not None or not good:
-        return min(rows, key=lambda label: rows[label]["wer_measured"])
-    return min(good, key=lambda label: rows[label]["macs_fraction_measured"])
 
 
 def _measured(

@@ -101,7 +101,7 @@ def run_trial(
         errors=dict(heard.errors),
         generator_late=heard.late_sends / messages,
         cpu_share=cpu_s / seconds,
-        overhead_share=1 - grown("step_cpu_seconds_total") / cpu_s if cpu_s else 0.0,
+        overhead_share=1 - grown("step_cpu_seconds_total") / max(1e-9, grown("process_cpu_seconds")),
         streams_per_step=grown("step_streams_sum") / max(1.0, grown("step_streams_count")),
         rss_mb=server.usage().rss_mb,
         server_latency_ms=1000 * grown("chunk_latency_seconds_sum") / max(1.0, grown("chunk_latency_seconds_count")),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from asr_exit.checkpoint import Model
 from service.background import BackgroundServer
@@ -22,7 +23,6 @@ from service.config import load_config
 from tests.conftest import babble
 from tests.service.fake_engine import FakeEngine
 
-TINY = ["--no-pin", "--precision", "fp32", "--json"]
 
 
 def trial(streams: int, p99_ms: float, errors: int = 0) -> Trial:
@@ -155,9 +155,22 @@ def test_one_recording_makes_several() -> None:
     assert all(abs(np.log(length / 32_000)) < 0.12 for length in lengths)
 
 
-def test_load(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["bench", "load", "--model", str(model_path), "--streams", "3", "--seconds", "3", "--warm-up", "2.5"]
-    main([*command, "--latency-ms", "5000", "--policy", "exit:4", *TINY])
+@pytest.fixture(scope="module")
+def tiny(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name a small model and short recordings: what is begun is spoken to its end."""
+    folder = tmp_path_factory.mktemp("speech")
+    rows = ["path\ttranscript"]
+    for index in range(3):
+        soundfile.write(folder / f"{index}.wav", babble(2.0 + 0.4 * index, seed=index), 16_000)
+        rows.append(f"{index}.wav\tthe quick brown fox")
+    (folder / "manifest.tsv").write_text("\n".join(rows) + "\n")
+    options = ["--model", str(model_path), "--manifest", str(folder / "manifest.tsv")]
+    return [*options, "--no-pin", "--precision", "fp32", "--json"]
+
+
+def test_load(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "load", "--streams", "3", "--seconds", "4", "--warm-up", "2.5"]
+    main([*command, "--latency-ms", "5000", "--policy", "exit:4", *tiny])
     report = json.loads(capsys.readouterr().out)
     (seen,) = report["trials"]
     assert (report["holds"], report["streams"], seen["errors"]) == (True, 3, {})
@@ -168,22 +181,20 @@ def test_load(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < seen["encoder_gmacs_per_second"] < report["matrix_gmacs_per_second"]
     assert seen["chunk_latency_ms"] == sorted(seen["chunk_latency_ms"])
     assert 0 < seen["cpu_share"] < 1
-    assert (
-        -0.2 <= seen["overhead_share"] <= 1
-    )  # two clocks, one of which ticks every 10 ms: of little time, no exact share
+    assert 0 <= seen["overhead_share"] <= 1
     assert seen["streams_per_step"] >= 1
 
 
-def test_abuse(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "abuse", "--model", str(model_path), "--bad", "16", "--good", "2", *TINY]) == 0
+def test_abuse(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "abuse", "--bad", "16", "--good", "2", *tiny]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["bad_streams"] == {"cancelled": 4, "half-closed": 4, "idle": 4, "killed": 4}
     assert report["good_streams"] >= 2
     assert (report["changed_texts"], report["failed_streams"], report["open_streams"]) == ([], 0, 0)
 
 
-def test_soak(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["bench", "soak", "--model", str(model_path), "--minutes", "0.06", "--streams", "2", *TINY])
+def test_soak(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["bench", "soak", "--minutes", "0.06", "--streams", "2", *tiny])
     report = json.loads(capsys.readouterr().out)
     assert report["trial"]["errors"] == {}
     assert len(report["rss_mb"]) >= 5

@@ -251,12 +251,27 @@ def test_live_view_rewrites_partials_and_keeps_finals(monkeypatch) -> None:
     assert "\x1b[1A" in printed or "\x1b[2K" in printed
 
 
-def test_paced_parts_take_as_long_as_their_audio() -> None:
-    import time
+class FakeTime:
+    """In place of the module `time`: sleeping takes exactly as long as it was asked to."""
 
-    begin = time.monotonic()
-    assert list(sources.paced([b"12345678"] * 4, 80)) == [b"12345678"] * 4
-    assert 0.4 <= time.monotonic() - begin < 5  # never faster than the audio; slower only as a busy machine is
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_paced_parts_come_when_their_audio_was_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeTime()
+    monkeypatch.setattr(sources, "time", clock)
+    sent = []
+    for part in sources.paced([b"12345678"] * 4, 80):
+        sent.append((round(clock.now, 6), part))
+        clock.now += 0.25 if len(sent) == 2 else 0.03  # whoever sends takes time, once more than a part lasts
+    assert [part for _, part in sent] == [b"12345678"] * 4
+    assert [at for at, _ in sent] == [0.1, 0.2, 0.45, 0.48]  # late parts at once, none early, no time lost for good
 
 
 def test_file_parts_keep_the_samples(recording: Path) -> None:

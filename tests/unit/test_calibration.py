@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from asr_exit.calibration.calibrate import best_measured, calibrate, table, trained
+from asr_exit.calibration.calibrate import calibrate, table, trained
+from asr_exit.calibration.compare import COMPARED_COSTS, best_measured, unseen_wer
 from asr_exit.calibration.gates import train_gates, train_hazards
 from asr_exit.calibration.observe import Observations, observe
 from asr_exit.calibration.replay import Joined, Mixed, outcome, replay
@@ -221,6 +222,32 @@ def test_a_calibrated_model_follows_a_wanted_cost(workers: Workers, recordings: 
             costs = [outcome(replay(workers.model, recordings[:1], setting)).macs_fraction for setting in settings]
             assert costs[0] < 0.4
             assert costs[1] == 1.0
+
+
+def test_criteria_are_compared_on_recordings_that_they_have_not_seen(observations: Observations) -> None:
+    taught: list[set[Recording]] = []
+
+    def solved(seen: Observations) -> tuple[Posterior, list[Row]]:
+        taught.append(set(seen.recordings))
+        policy = Posterior((None,) * (len(seen.macs) - 1))
+        exits = len(seen.macs)
+        rows = [Row(0.0, 0.0, static_thresholds(0, exits)), Row(1.0, 0.0, static_thresholds(exits - 1, exits))]
+        return policy, rows  # what they promise, no errors, must not count
+
+    found = unseen_wer(observations, solved)
+    everything = set(observations.recordings)
+    assert [len(everything - seen) for seen in taught] == [1] * len(everything)
+    assert set.union(*(everything - seen for seen in taught)) == everything
+    share = float(np.mean(COMPARED_COSTS))  # of the way from the first exit to the last
+    at_first = observations.wer(np.zeros(observations.macs.shape[1], int))
+    assert found == pytest.approx((1 - share) * at_first + share * observations.full_wer)
+
+
+def test_one_recording_alone_is_judged_by_itself(observations: Observations) -> None:
+    alone = observations.only([0])
+    rows = [Row(0.5, 0.0, static_thresholds(1, len(alone.macs)))]
+    wer = unseen_wer(alone, lambda seen: (Posterior((None,) * (len(seen.macs) - 1)), rows))
+    assert wer == pytest.approx(alone.wer(np.ones(alone.macs.shape[1], int)))
 
 
 def test_the_default_is_the_cheapest_that_keeps_the_limit_in_the_engine() -> None:
