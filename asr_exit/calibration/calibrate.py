@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,9 +114,10 @@ def _for_chunk(
         result[label]["table"] = [row.stored(CRITERIA[label]) for row in rows]
     cheap = [label for label in criteria if CRITERIA[label].beams == 0] or list(criteria)
     limit = (1.0 + tolerance) * observations.full_wer
-    stored = workers.model.calibration
-    wers = {label: unseen_wer(observations, lambda seen, label=label: _solved(label, seen, stored)) for label in cheap}
-    for label in sorted(cheap, key=lambda label: wers[label])[:FINALISTS]:
+    for label in cheap:
+        wer = unseen_wer(observations, partial(_solved, label, stored=workers.model.calibration))
+        result[label]["wer_unseen"] = round(wer, 4)
+    for label in sorted(cheap, key=lambda label: float(result[label]["wer_unseen"]))[:FINALISTS]:
         on_stage(f"{chunk_ms:g} ms: measuring {label}, which may become the default")
         result[label] |= _measured(probe, *tables[label], result[label], limit, target)
     result["default"] = best_measured(result, limit, target)

@@ -1,7 +1,10 @@
 """What skipped layers get, compared on one model: word errors, and the MACs that were really spent.
 
-The three fills run in the engine with the default policy. Two ways of skipping less than a whole layer run here, as an
-offline pass with the serving mask in which every frame says for itself how deep it goes:
+The three fills run in the engine with the default policy. Others run here, as an offline pass with the serving mask in
+which every frame says for itself how deep it goes:
+
+* **perfect fill**: skipped layers hold what full depth would have left there, at the price of propagation. It cannot be
+  had: its distance from `propagate` is what that fill costs in word errors.
 
 * **feed-forward skip** (FFN-SkipLLM, arXiv 2404.03865): a chunk that the policy would let go still runs attention and
   convolution of all deeper layers, so caches stay whole, but none of their feed-forward halves; its text is the last
@@ -13,6 +16,7 @@ offline pass with the serving mask in which every frame says for itself how deep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,14 @@ CAP_CHUNKS = 4
 Decide = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+class Skipped(Enum):
+    """What the deeper layers do for frames that dropped out, and where those are read."""
+
+    PROPAGATED = "filled by propagation; read where they dropped out"
+    MIXED = "attention and convolution, no feed-forward halves; read at the last exit"
+    WHOLE = "everything, at the price of propagation; read where they dropped out"
+
+
 def compare_fills(runner: Runner) -> list[dict[str, Any]]:
     """Rows of name, wer and macs_fraction."""
     policy = runner.policy("auto")
@@ -49,38 +61,36 @@ def compare_fills(runner: Runner) -> list[dict[str, Any]]:
     half = Budget(mean_depth=0.5)
     points.append(runner.point("catch_up, budget 0.5 (backlog given up)", policy, fill=Fill.CATCH_UP, budget=half))
     chunk_ms = runner.options.chunk_ms
-    points.append(_offline(runner, "feed-forward skip, default policy", chunk_ms, policy, None))
-    points += [_offline(runner, f"frame skip, blank >= {p:g}", chunk_ms, None, p) for p in BLANK_CONFIDENCES]
+    points.append(_offline(runner, "perfect fill, default policy", chunk_ms, policy, Skipped.WHOLE))
+    points.append(_offline(runner, "feed-forward skip, default policy", chunk_ms, policy, Skipped.MIXED))
+    for p in BLANK_CONFIDENCES:
+        points.append(_offline(runner, f"frame skip, blank >= {p:g}", chunk_ms, p, Skipped.PROPAGATED))
     return [{"name": point.name, "wer": point.wer, "macs_fraction": point.cost} for point in points]
 
 
-def _offline(
-    runner: Runner, name: str, chunk_ms: float, policy: ExitPolicy | None, blank_confidence: float | None
-) -> Point:
-    return Point.of(name, runner.workers.map(_run_all, runner.recordings, chunk_ms, policy, blank_confidence))
+def _offline(runner: Runner, name: str, chunk_ms: float, leave: ExitPolicy | float, skipped: Skipped) -> Point:
+    """`leave`: when chunks do, or the confidence in a blank at which frames do."""
+    return Point.of(name, runner.workers.map(_run_all, runner.recordings, chunk_ms, leave, skipped))
 
 
 def _run_all(
-    model: Model,
-    recordings: Sequence[Recording],
-    chunk_ms: float,
-    policy: ExitPolicy | None,
-    blank_confidence: float | None,
+    model: Model, recordings: Sequence[Recording], chunk_ms: float, leave: ExitPolicy | float, skipped: Skipped
 ) -> list[Replay]:
-    return [_run(model, recording, chunk_ms, policy, blank_confidence) for recording in recordings]
+    return [_run(model, recording, chunk_ms, leave, skipped) for recording in recordings]
 
 
 @torch.inference_mode()
-def _run(
-    model: Model, recording: Recording, chunk_ms: float, policy: ExitPolicy | None, blank_confidence: float | None
-) -> Replay:
+def _run(model: Model, recording: Recording, chunk_ms: float, leave: ExitPolicy | float, skipped: Skipped) -> Replay:
     features = torch.from_numpy(log_mel(samples_of(recording.path), model.config.features))[None]
     if features.shape[1] == 0:
         return Replay(errors=word_errors(recording.text, ""))
     chunk_frames = model.config.chunk_frames(chunk_ms)
-    by_chunk = _ChunkDecisions(policy, chunk_frames) if isinstance(policy, Criterion) else None
-    decide = by_chunk or (lambda k, logits, before, after: _sure_blanks(logits, blank_confidence or 1.0))
-    ids, macs = masked_forward(model, features, chunk_frames, decide, mixers=by_chunk is not None)
+    decide: Decide
+    if isinstance(leave, float):
+        decide = lambda k, logits, before, after: _sure_blanks(logits, leave)  # noqa: E731
+    else:
+        decide = _ChunkDecisions(leave, chunk_frames)
+    ids, macs = masked_forward(model, features, chunk_frames, decide, skipped)
     text = model.tokenizer.decode(collapse(ids).tolist())
     return Replay(text=text, errors=word_errors(recording.text, text), macs=macs, full_macs=model.macs.full(len(ids)))
 
@@ -96,8 +106,9 @@ def _sure_blanks(logits: Tensor, confidence: float) -> Tensor:
 class _ChunkDecisions:
     """An exit policy's decisions, chunk by chunk, as a mask over frames."""
 
-    def __init__(self, policy: Criterion, chunk_frames: int) -> None:
+    def __init__(self, policy: ExitPolicy, chunk_frames: int) -> None:
         self._policy, self._chunk_frames = policy, chunk_frames
+        self._beams = policy.beams if isinstance(policy, Criterion) else 0
         self._previous: list[ExitScores | None] = []
 
     def __call__(self, exit_index: int, logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -105,9 +116,9 @@ class _ChunkDecisions:
         parts = [x.split(self._chunk_frames, dim=1) for x in (logits, before, after)]
         for chunk, (scores, low, high) in enumerate(zip(*parts, strict=True)):
             earlier = self._previous[chunk] if self._previous else None
-            found = score(scores, low, high, [earlier], want_log_probs=self._policy.beams > 0)[0]
-            if self._policy.beams:
-                found = with_beam_share(found, self._policy.beams)
+            found = score(scores, low, high, [earlier], want_log_probs=self._beams > 0)[0]
+            if self._beams:
+                found = with_beam_share(found, self._beams)
             current.append(found)
             stops += [self._policy.stop(exit_index, found.evidence)] * scores.shape[1]
         self._previous = current
@@ -115,15 +126,13 @@ class _ChunkDecisions:
 
 
 def masked_forward(
-    model: Model, features: Tensor, chunk_frames: int, decide: Decide, mixers: bool
+    model: Model, features: Tensor, chunk_frames: int, decide: Decide, skipped: Skipped
 ) -> tuple[np.ndarray, int]:
     """An offline pass in which frames drop out: (T,) labels and the MACs spent.
 
     Args:
         features: (1, F, num_mels) log-mel. decide: (exit index, logits (1, T, V), states before and after (1, T, D)) ->
             (T,) bool, frames that go no deeper.
-        mixers: frames that dropped out still run attention and convolution, and are read at the last exit; else their
-            layers are filled by propagation and they are read where they dropped out.
     """
     encoder, config, costs = model.encoder, model.config, model.macs
     factor = config.subsampling
@@ -139,22 +148,25 @@ def masked_forward(
     macs = float(costs.stem(frames))
     skipped_ff = 4 * config.d_model * config.ff_dim * config.exit_every  # both halves, up and down, per frame
     for index, segment in enumerate(encoder.segments):
-        gate = going.to(x.dtype)[None, :, None]
-        before, whole = x, going.clone() | torch.tensor(mixers)
+        expands = going | torch.tensor(skipped is Skipped.WHOLE)
+        mixes = expands | torch.tensor(skipped is Skipped.MIXED)
+        gate, mixing = (kept.to(x.dtype)[None, :, None] for kept in (expands, mixes))
+        before = x
         for layer in segment.layers:
             x = x + 0.5 * gate * layer.ff_in(x)
-            mixing = whole.to(x.dtype)[None, :, None]
             x = x + mixing * layer.attention(layer.attention_norm(x), context, None)
             x = x + mixing * layer.conv(layer.conv.gated(layer.conv_norm(x)), None, chunk_frames)
             x = x + 0.5 * gate * layer.ff_out(x)
         logits = segment.head(x)
-        labels = torch.where(whole, logits[0].argmax(dim=-1), labels)
+        read = mixes if skipped is Skipped.MIXED else going
+        labels = torch.where(read, logits[0].argmax(dim=-1), labels)
         count, left = int(going.sum()), int((~going).sum())
         macs += costs.segment(index, count, with_head=True)
         if left:
-            macs += costs.segment(index, left, True) - left * skipped_ff if mixers else costs.propagate(left)
+            mixed_macs = costs.segment(index, left, True) - left * skipped_ff
+            macs += mixed_macs if skipped is Skipped.MIXED else costs.propagate(left)
         if segment.feedback is not None:
-            x = x + whole.to(x.dtype)[None, :, None] * segment.feedback(logits.softmax(dim=-1))
+            x = x + mixing * segment.feedback(logits.softmax(dim=-1))
         if not segment.last:
             x = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
             x = x if segment.gain is None else x * segment.gain

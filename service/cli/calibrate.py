@@ -89,12 +89,12 @@ def _print_tables(calibration: dict) -> None:
             title=f"{part['data']}, {part['chunk_ms']:g} ms, full depth {100 * part['full_wer']:.2f} % word errors"
         )
         table.add_column("criterion")
-        for name in ("share of full MACs %", "WER %", "measured: MACs %", "WER %", "rows"):
+        for name in ("share of full MACs %", "WER %", "measured: MACs %", "WER %", "WER % unseen", "rows"):
             table.add_column(name, justify="right")
         for label in CRITERIA:
             row = part.get(label)
             if row:
-                measured = [row.get("macs_fraction_measured"), row.get("wer_measured")]
+                measured = [row.get(name) for name in ("macs_fraction_measured", "wer_measured", "wer_unseen")]
                 table.add_row(
                     label + (" (default)" if label == part["default"] else ""),
                     f"{100 * row['macs_fraction']:.1f}",

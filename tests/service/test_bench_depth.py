@@ -110,6 +110,10 @@ def test_fills(manifest: Path, calibrated: Path, capsys: pytest.CaptureFixture[s
     assert all(0 < row["macs_fraction"] <= 1.5 for row in rows.values())
     assert rows["catch_up, default policy"]["macs_fraction"] >= 1  # what waited is run in the end
     assert rows["feed-forward skip, default policy"]["macs_fraction"] <= 1
+    # the engine fills only where a later chunk looks
+    assert (
+        1 >= rows["perfect fill, default policy"]["macs_fraction"] >= rows["propagate, default policy"]["macs_fraction"]
+    )
 
 
 def test_decide(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,9 +132,9 @@ def test_the_masked_pass_equals_the_encoder_where_nothing_is_skipped(model: Mode
     features = torch.from_numpy(log_mel(babble(3.0), model.config.features))[None]
     output = model.encoder(features, torch.tensor([features.shape[1]]), chunk_frames=8)
     never = lambda k, logits, before, after: torch.zeros(logits.shape[1], dtype=torch.bool)  # noqa: E731
-    for mixers in (False, True):
+    for skipped in fills.Skipped:
         with torch.inference_mode():
-            labels, macs = fills.masked_forward(model, features, 8, never, mixers)
+            labels, macs = fills.masked_forward(model, features, 8, never, skipped)
         assert labels.tolist() == output.logits[-1][0].argmax(dim=-1).tolist()
         assert macs == sum(model.macs.segment(k, len(labels), True) for k in range(6)) + model.macs.stem(len(labels))
 
@@ -147,10 +151,27 @@ def test_the_masked_pass_equals_propagation_in_the_encoder(model: Model) -> None
     frames = depth[0].repeat_interleave(8)
     with torch.inference_mode():
         labels, macs = fills.masked_forward(
-            model, features, 8, lambda k, logits, before, after: frames <= k + 1, mixers=False
+            model, features, 8, lambda k, logits, before, after: frames <= k + 1, fills.Skipped.PROPAGATED
         )
     assert labels.tolist() == output.mixed_logits[0].argmax(dim=-1).tolist()
     assert macs < model.macs.full(len(labels))
+
+
+def test_a_perfect_fill_reads_every_exit_at_full_depth(model: Model) -> None:
+    import torch
+
+    from asr_exit.features import log_mel
+
+    features = torch.from_numpy(log_mel(babble(3.84), model.config.features))[None]
+    frames = torch.tensor([1, 6, 3, 2, 6, 4]).repeat_interleave(8)
+    leave = lambda k, logits, before, after: frames <= k + 1  # noqa: E731
+    output = model.encoder(features, torch.tensor([features.shape[1]]), chunk_frames=8)
+    wanted = torch.stack([logits[0].argmax(dim=-1) for logits in output.logits])[frames - 1, torch.arange(len(frames))]
+    with torch.inference_mode():
+        labels, macs = fills.masked_forward(model, features, 8, leave, fills.Skipped.WHOLE)
+        _, propagated = fills.masked_forward(model, features, 8, leave, fills.Skipped.PROPAGATED)
+    assert labels.tolist() == wanted.tolist()
+    assert macs == propagated
 
 
 def point(name: str, cost: float, errors: list[int]) -> Point:

@@ -24,7 +24,6 @@ from tests.conftest import babble
 from tests.service.fake_engine import FakeEngine
 
 
-
 def trial(streams: int, p99_ms: float, errors: int = 0) -> Trial:
     """A trial in which only what the search looks at is filled in."""
     return Trial(

@@ -206,13 +206,20 @@ def test_a_calibrated_model_follows_a_wanted_cost(workers: Workers, recordings: 
     stages: list[str] = []
     labels = ["posterior", "entropy", "similarity", "gate", "q-exit"]  # one of each kind; the rest in the next test
     found = calibrate(
-        workers, recordings[:4], name="babble", chunks_ms=(640, 320), criteria=labels, target=0.6, on_stage=stages.append
+        workers,
+        recordings[:4],
+        name="babble",
+        chunks_ms=(640, 320),
+        criteria=labels,
+        target=0.6,
+        on_stage=stages.append,
     )
     found = json.loads(json.dumps(found))
     assert found["data"] == "babble, 4 utterances, 0.00 h"
     assert found["default"] in labels
     assert sum("wer_measured" in row for row in found.values() if isinstance(row, dict)) == 3
     assert "wer_measured" in found[found["default"]]
+    assert all(0 < found[label]["wer_unseen"] < 2 for label in labels)
     assert list(found["by_chunk_ms"]) == ["320"]
     assert any("observing" in stage for stage in stages)
     layers = workers.model.config.exit_layers
