@@ -18,6 +18,9 @@ DRAIN_SECONDS = 5.0
 BUSY = 0.95
 LOW_BATTERY = 0.2
 DEVICE_MARGIN = 0.05  # of full depth that must be free again before heat or battery let depth rise
+FEWEST_STEPS = 5  # in a window, from which to tell a step's fixed cost from the cost of each chunk in it
+LEAST_SPREAD = 0.02  # of chunks per step, variance over mean squared, for the same
+LEAST_MARGINAL = 0.3  # of a chunk's mean cost: never believe that it costs less
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class LoadSignal:
         free_slots: streams that could still be opened.
         cpu_fraction: use of all cores in [0, 1], None if unknown.
         gpu_fraction: use of the GPU in [0, 1], None if unknown or there is none.
+        chunks: chunks served in the step; 0 if unknown.
         thermal_pressure: how much the device must throttle, from 0 (cool) to 1 (as little work as possible); only the
             caller knows. None = unknown.
         battery_fraction: charge left in [0, 1]; None = on mains, or unknown.
@@ -51,6 +55,7 @@ class LoadSignal:
     free_slots: int = 0
     cpu_fraction: float | None = None
     gpu_fraction: float | None = None
+    chunks: int = 0
     thermal_pressure: float | None = None
     battery_fraction: float | None = None
 
@@ -79,7 +84,9 @@ class LoadController:
     Raising: to the deepest exit whose predicted pressure stays within `HEADROOM`. Pressure is the larger of the worst
     latency over target and the share of time spent computing, both over the last `change_seconds`; the prediction grows
     in proportion to `costs`. The gap between headroom and target is the hysteresis. While others saturate the CPU or
-    the GPU, one exit at a time.
+    the GPU, one exit at a time. A server that steps as soon as anything is ready is busy long before it is full: it
+    takes few chunks at a time, and each step has a fixed cost. Where steps differ in size, that part of the time does
+    not count, because larger steps would save it.
 
     The worst chunk of a step counts, which is stricter than a p95 over chunks. One ceiling holds for all streams:
     nobody loses depth that others keep, save for what a request was guaranteed (`Budget.min_exit_layer`). Heat and
@@ -125,9 +132,7 @@ class LoadController:
         self._over_count = 0
         self._checked_at = -math.inf
         self._checked_latency_ms = 0.0
-        self._window_start = clock()
-        self._busy_seconds = 0.0
-        self._worst_latency_ms = 0.0
+        self._start_window(clock())
 
     @property
     def ceiling(self) -> int:
@@ -143,7 +148,7 @@ class LoadController:
         """Take one measurement into account. Call after every step, and now and then while idle."""
         now = self._clock()
         latency_ms = signal.queue_delay_ms + signal.step_ms
-        self._busy_seconds += signal.step_ms / 1000.0
+        self._steps.append((signal.chunks, signal.step_ms / 1000.0))
         self._worst_latency_ms = max(self._worst_latency_ms, latency_ms)
         over = latency_ms > self._target_ms
         self._over_count = self._over_count + 1 if over else 0
@@ -158,7 +163,7 @@ class LoadController:
 
     def _start_window(self, now: float) -> None:
         self._window_start = now
-        self._busy_seconds = 0.0
+        self._steps: list[tuple[int, float]] = []  # chunks and seconds
         self._worst_latency_ms = 0.0
 
     def _may_change(self, now: float) -> bool:
@@ -190,7 +195,7 @@ class LoadController:
         if not self._may_change(now):
             return
         elapsed = now - self._window_start
-        pressure = max(self._worst_latency_ms / self._target_ms, self._busy_seconds / elapsed)
+        pressure = max(self._worst_latency_ms / self._target_ms, needed_seconds(self._steps) / elapsed)
         allowed = HEADROOM * self._costs[self._ceiling]
         best = max(
             (k for k in range(self._ceiling, len(self._costs)) if pressure * self._costs[k] <= allowed),
@@ -205,3 +210,21 @@ class LoadController:
             self._ceiling = ceiling
             self._changed_at = now
             self._start_window(now)
+
+
+def needed_seconds(steps: Sequence[tuple[int, float]]) -> float:
+    """The time that these steps, (chunks, seconds) each, would take in large batches.
+
+    Least squares of seconds over chunks; where the steps are too few or too much alike to tell, all of their time.
+    """
+    busy = math.fsum(seconds for _, seconds in steps)
+    steps = [step for step in steps if step[0]]
+    chunks = sum(count for count, _ in steps)
+    if len(steps) < FEWEST_STEPS:
+        return busy
+    mean, mean_seconds = chunks / len(steps), math.fsum(seconds for _, seconds in steps) / len(steps)
+    spread = sum((count - mean) ** 2 for count, _ in steps)
+    if spread < LEAST_SPREAD * mean**2 * len(steps):
+        return busy
+    each = math.fsum((count - mean) * (seconds - mean_seconds) for count, seconds in steps) / spread
+    return busy * min(1.0, max(LEAST_MARGINAL, each * mean / mean_seconds)) if mean_seconds else busy

@@ -47,6 +47,7 @@ class LoadMonitor:
                 LoadSignal(
                     queue_delay_ms=max(0.0, late_ms - output.step_ms),
                     step_ms=output.step_ms,
+                    chunks=len(output.results),
                     chunk_ms=min(result.stream.options.chunk_ms for result in output.results),
                     ready_streams=ready_streams,
                     free_slots=free_slots,

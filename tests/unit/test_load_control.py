@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from asr_exit.errors import ConfigError
-from asr_exit.load_control import LoadController, LoadSignal
+from asr_exit.load_control import LEAST_MARGINAL, LoadController, LoadSignal, needed_seconds
 
 CHUNK_SECONDS = 0.64
 
@@ -27,10 +28,14 @@ class Clock:
 class Server:
     """Streams that each send a chunk every 640 ms, evenly staggered; a step serves one chunk of every ready stream.
 
-    At full depth one stream needs `1 / capacity` of the machine; cost is proportional to depth.
+    At full depth one stream needs `1 / capacity` of the machine; cost is proportional to depth. Each step takes
+    `fixed_seconds` more (in proportion to depth, too), and up to `noise` of its time more or less.
     """
 
     capacity: int = 16
+    fixed_seconds: float = 0.0
+    noise: float = 0.0
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
     target_ms: float = 640.0
     wish: int = 5
     clock: Clock = field(default_factory=Clock)
@@ -54,17 +59,18 @@ class Server:
                     self._report(0.0, 0.0, 0)
                 continue
             depth = min(self.wish, self.controller.ceiling)
-            step = len(ready) * CHUNK_SECONDS / self.capacity * (depth + 1) / 6
+            step = (self.fixed_seconds + len(ready) * CHUNK_SECONDS / self.capacity) * (depth + 1) / 6
+            step *= 1 + self.rng.uniform(-self.noise, self.noise)
             waits = [self.clock.now - self.due[k] for k in ready]
             self.clock.now += step
             for k, wait in zip(ready, waits, strict=True):
                 self.latencies_ms.append((self.clock.now, 1000 * (wait + step)))
                 self.due[k] += CHUNK_SECONDS
             still = sum(due <= self.clock.now for due in self.due.values())
-            self._report(1000 * max(waits), 1000 * step, still)
+            self._report(1000 * max(waits), 1000 * step, still, len(ready))
 
-    def _report(self, delay_ms: float, step_ms: float, ready: int) -> None:
-        self.controller.update(LoadSignal(delay_ms, step_ms, 640.0, ready_streams=ready, free_slots=8))
+    def _report(self, delay_ms: float, step_ms: float, ready: int, chunks: int = 0) -> None:
+        self.controller.update(LoadSignal(delay_ms, step_ms, 640.0, ready_streams=ready, free_slots=8, chunks=chunks))
         self.ceilings.append((self.clock.now, self.controller.ceiling))
 
     def changes(self, since: float = 0.0) -> list[float]:
@@ -112,6 +118,52 @@ def test_depth_is_back_within_two_seconds_of_audio_when_load_halves(overload: fl
     server.run(30)
     assert server.changes(since) == []
     assert server.worst_ms(since) < 640
+
+
+@pytest.mark.parametrize("fixed_seconds", [0.01, 0.03])
+@pytest.mark.parametrize("capacity", [64, 200])
+def test_many_small_steps_do_not_look_like_a_full_machine(capacity: int, fixed_seconds: float) -> None:
+    """Half of its capacity keeps such a server busy nearly all the time."""
+    server = Server(capacity, fixed_seconds=fixed_seconds, noise=0.1)
+    server.set_streams(int(1.5 * capacity))
+    server.run(30)
+    assert server.controller.ceiling < 5
+    server.set_streams(capacity // 2)
+    server.run(2.0)
+    assert server.controller.ceiling == 5
+    since = server.clock.now
+    server.run(60)
+    assert server.changes(since) == []
+    assert server.worst_ms(since) < 640
+
+
+@pytest.mark.parametrize("load", [0.7, 0.85, 0.95, 1.1, 1.3, 2.0])
+@pytest.mark.parametrize("fixed_seconds", [0.0, 0.02])
+def test_no_load_makes_the_ceiling_swing(load: float, fixed_seconds: float) -> None:
+    server = Server(128, fixed_seconds=fixed_seconds, noise=0.15)
+    server.set_streams(int(128 * load))
+    server.run(20)
+    since = server.clock.now
+    server.run(120)
+    assert len(server.changes(since)) <= 4  # in two minutes
+    assert server.worst_ms(since) < 1.5 * 640
+
+
+def test_what_steps_need_in_large_batches() -> None:
+    exact = [(count, 0.03 + 0.003 * count) for count in (1, 2, 5, 8, 3, 2)]
+    busy = sum(seconds for _, seconds in exact)
+    mean = 21 / 6
+    assert needed_seconds(exact) == pytest.approx(busy * LEAST_MARGINAL)  # 0.0105 of 0.0405: believed to a point
+    steep = [(count, 0.005 + 0.003 * count) for count in (1, 2, 5, 8, 3, 2)]
+    wanted = 0.003 * mean / (0.005 + 0.003 * mean)
+    assert needed_seconds(steep) == pytest.approx(sum(seconds for _, seconds in steep) * wanted)
+    alike = [(40, 0.1), (41, 0.2), (40, 0.3), (39, 0.1), (40, 0.1), (41, 0.1)]
+    assert needed_seconds(alike) == pytest.approx(0.9)
+    assert needed_seconds(exact[:4]) == pytest.approx(sum(seconds for _, seconds in exact[:4]))
+    assert needed_seconds([(0, 0.1)] * 10) == pytest.approx(1.0)
+    falling = [(count, 0.1 / count) for count in (1, 2, 5, 8, 3, 2)]
+    assert needed_seconds(falling) == pytest.approx(LEAST_MARGINAL * sum(seconds for _, seconds in falling))
+    assert needed_seconds([]) == 0.0
 
 
 def test_load_that_comes_and_goes_changes_at_most_once_a_second() -> None:
