@@ -132,7 +132,9 @@ class LoadController:
         self._over_count = 0
         self._checked_at = -math.inf
         self._checked_latency_ms = 0.0
-        self._start_window(clock())
+        self._window_start = clock()
+        self._steps: list[tuple[int, float]] = []  # of this window: chunks and seconds
+        self._worst_latency_ms = 0.0
 
     @property
     def ceiling(self) -> int:
@@ -163,7 +165,7 @@ class LoadController:
 
     def _start_window(self, now: float) -> None:
         self._window_start = now
-        self._steps: list[tuple[int, float]] = []  # chunks and seconds
+        self._steps = []
         self._worst_latency_ms = 0.0
 
     def _may_change(self, now: float) -> bool:
