@@ -1,6 +1,7 @@
 """Train variants on equal hours of audio and compare every exit.
 
-    python -m recipes.librispeech.ablate --data DATA --out DIR --hours 30 [--only "plain,CR-CTC,local"] [--score FOLDER]
+    python -m recipes.librispeech.ablate --data DATA --out DIR --hours 30 \\
+        [--layers 4] [--only "plain,CR-CTC,local"] [--score FOLDER]
 
 A variant that is there already is not trained again; an interrupted one goes on. Writes DIR/ablation.md and .json.
 """
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="what prepare wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--hours", type=float, required=True, help="of audio seen, for every variant")
+    parser.add_argument("--layers", type=int, default=12, help="of the joint models; 4 trains several times faster")
     parser.add_argument("--only", help="comma-separated names; the first one is the baseline. Default: all")
     parser.add_argument("--score", type=Path, help="folder of prepared shards to score on; default DATA/dev")
     parser.add_argument("--chunk-frames", type=int, default=8, help="of 80 ms")
@@ -115,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
-        known = variants(options.hours)
+        known = variants(options.hours, options.layers)
         names = options.only.split(",") if options.only else list(known)
         unknown = [name for name in names if name not in known]
         if unknown:

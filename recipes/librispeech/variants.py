@@ -25,12 +25,16 @@ def _set(**changes: object) -> Callable[[TrainConfig], TrainConfig]:
     return lambda config: dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
-def plain(hours: float) -> TrainConfig:
+def _ones(config: TrainConfig) -> tuple[float, ...]:
+    return (1.0,) * config.model.num_exits
+
+
+def plain(hours: float, layers: int = 12) -> TrainConfig:
     """The sum of exit CTC losses and nothing else: real recordings at their own speed, no masks, fixed chunks.
 
     With the recipe's optimiser: with AdamW a short run does not leave CTC's blank plateau, and all rows would be alike.
     """
-    base = local()
+    base = short(local(), layers)
     nothing = AugmentConfig(freq_masks=0, time_masks_per_second=0.0, gain_nepers=0.0)
     return dataclasses.replace(
         base,
@@ -61,8 +65,8 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
     "noise": lambda c: _augment(c, noise_probability=0.2),
     "reverberation": lambda c: _augment(c, room_probability=0.2),
     "synthetic speech": _set(corpus_shares=()),
-    "exit weights, deep": _set(exit_weights=(1.0, 1.0, 1.0, 1.0, 1.0, 3.0)),
-    "exit weights, shallow": _set(exit_weights=(3.0, 2.0, 1.0, 1.0, 1.0, 1.0)),
+    "exit weights, deep": lambda c: dataclasses.replace(c, exit_weights=(*_ones(c)[:-1], 3.0)),
+    "exit weights, shallow": lambda c: dataclasses.replace(c, exit_weights=(3.0, *_ones(c)[1:])),
     "CR-CTC": lambda c: _augment(
         dataclasses.replace(c, consistency_weight=0.2), freq_masks=2, time_masks_per_second=1.0, time_masked_share=0.4
     ),
@@ -73,7 +77,7 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
         stages=(*c.stages[:-1], _until(c.stages[-1], 0.9), dataclasses.replace(c.stages[-1], heads_only=True)),
     ),
     "joint gates": _set(gate_weight=0.3),
-    "deeper heads at shallow exits": lambda c: _model(c, head_hidden=(384, 256, 0, 0, 0, 0)),
+    "deeper heads at shallow exits": lambda c: _model(c, head_hidden=(384, 256, *[0] * 98)[: c.model.num_exits]),
     "sorted training": _set(shallow_probability=0.5),
     "random depth, propagate": _set(random_depth_probability=0.25),
     "random depth, hole": _set(random_depth_probability=0.25, random_depth_fill="hole"),
@@ -81,6 +85,21 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
         dataclasses.replace(c, chunk_weights=((16, 1.0),)), subsampling=4, left_context_frames=128, max_chunk_frames=32
     ),
 }
+
+
+def short(config: TrainConfig, layers: int) -> TrainConfig:
+    """`config` as a model of `layers` layers, with stages for a run of tens of hours: more of it on short utterances.
+
+    The batches are smaller, too: so early, more updates are worth more than less noise in each.
+    """
+    model = dataclasses.replace(config.model, num_layers=layers)
+    first = min(2, model.num_exits)
+    stages = (
+        Stage(0.12, first, 30.0, 5.0, False, 2e-3),
+        Stage(0.35, first, 40.0, 9.0, True, 2e-3),
+        Stage(1.0, model.num_exits, 48.0, 15.0, True, 1.8e-3),
+    )
+    return dataclasses.replace(config, model=model, stages=stages, decay_from=0.5)
 
 
 def _until(stage: Stage, until: float) -> Stage:
@@ -102,10 +121,11 @@ def dedicated(base: TrainConfig, layers: int) -> TrainConfig:
     )
 
 
-def variants(hours: float) -> dict[str, TrainConfig]:
-    """Every row of the table, in its order, at equal hours of audio seen."""
-    baseline = plain(hours)
-    everything = dataclasses.replace(local(), minutes=None, hours=hours)
+def variants(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
+    """Every row of the table, in its order, at equal hours of audio seen; dedicated: of 2, of half and of all layers."""
+    baseline = plain(hours, layers)
+    everything = dataclasses.replace(short(local(), layers), minutes=None, hours=hours)
     rows = {"plain": baseline, **{name: change(baseline) for name, change in METHODS.items()}, "local": everything}
-    rows |= {f"dedicated, {layers} layers": dedicated(everything, layers) for layers in (2, 6, 12)}
+    rows["local with CR-CTC"] = METHODS["CR-CTC"](everything)
+    rows |= {f"dedicated, {n} layers": dedicated(everything, n) for n in sorted({2, layers // 2, layers})}
     return {name: dataclasses.replace(config, name=name) for name, config in rows.items()}

@@ -15,8 +15,10 @@ from recipes.librispeech.configs import tiny
 from recipes.librispeech.variants import dedicated, variants
 
 
-def test_every_variant_is_a_valid_configuration_that_survives_json() -> None:
-    rows = variants(30.0)
+@pytest.mark.parametrize("layers", [4, 12])
+def test_every_variant_is_a_valid_configuration_that_survives_json(layers: int) -> None:
+    rows = variants(30.0, layers)
+    assert rows["plain"].model.num_layers == layers
     assert next(iter(rows)) == "plain"
     assert len({json.dumps({**config.to_dict(), "name": ""}) for config in rows.values()}) == len(rows)
     for name, config in rows.items():
@@ -43,7 +45,7 @@ def test_variants_are_trained_once_and_tabled(
 ) -> None:
     base = dataclasses.replace(tiny(), hours=0.01)
     rows = {"plain": base, "dedicated, 4 layers": dedicated(base, 4)}
-    monkeypatch.setattr(ablate, "variants", lambda hours: rows)
+    monkeypatch.setattr(ablate, "variants", lambda hours, layers: rows)
     arguments = ["--data", str(data), "--out", str(tmp_path), "--hours", "0.01", "--threads", "1"]
     ablate.main(arguments)
     assert "| dedicated, 4 layers |  |" in capsys.readouterr().out  # it has no exit after layer 2
