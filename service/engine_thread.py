@@ -114,43 +114,51 @@ class EngineThread:
     def _run(self) -> None:
         if self._prepare:
             self._prepare()
-        while True:
-            with self._wake:
-                while True:
-                    self._call_put_by()
-                    wait_s = self._scheduler.wait_s(len(self._feeds))
-                    if self._waiting or self._stopping or self._may_catch_up or wait_s == 0.0:
-                        break
-                    if self._feeds:
-                        wait_s = _PUT_BY_S if wait_s is None else min(wait_s, _PUT_BY_S)
-                    elif self._tidy_at is not None:
-                        wait_s = self._tidy_at - self.clock()
-                        if wait_s <= 0.0:
-                            break
-                    self._wake.wait(wait_s)
-                if self._stopping:
-                    break
-                batch = [(feed, feed.commands) for feed in self._waiting]
-                for feed in self._waiting:
-                    feed.commands, feed.called = [], False
-                self._waiting = []
-            for feed, commands in batch:
-                self._carry_out(feed, commands)
-            if self._scheduler.wait_s(len(self._feeds)) == 0.0:
-                self._step(self._scheduler.take())
-                self._may_catch_up = True
-            elif self._may_catch_up:
-                self._may_catch_up = self._catch_up()
-            self._flush()
-            if self._tidy and self._tidy_at is not None and not self._feeds and self.clock() >= self._tidy_at:
-                self._tidy_at = None
-                self._tidy()
+        while self._round():
+            pass
         error = StreamError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: connect again later")
         with self._wake:
             unserved = {*self._feeds.values(), *self._waiting}
         for feed in unserved:
             self._fail(feed, error)
         self._flush()
+
+    def _round(self) -> bool:
+        """Waits for something to do and does it. Returns False when the thread is to stop.
+
+        A method of its own so that its variables keep no stream that has ended.
+        """
+        with self._wake:
+            while True:
+                self._call_put_by()
+                wait_s = self._scheduler.wait_s(len(self._feeds))
+                if self._waiting or self._stopping or self._may_catch_up or wait_s == 0.0:
+                    break
+                if self._feeds or self._put_by:
+                    wait_s = _PUT_BY_S if wait_s is None else min(wait_s, _PUT_BY_S)
+                elif self._tidy_at is not None:
+                    wait_s = self._tidy_at - self.clock()
+                    if wait_s <= 0.0:
+                        break
+                self._wake.wait(wait_s)
+            if self._stopping:
+                return False
+            batch = [(feed, feed.commands) for feed in self._waiting]
+            for feed in self._waiting:
+                feed.commands, feed.called = [], False
+            self._waiting = []
+        for feed, commands in batch:
+            self._carry_out(feed, commands)
+        if self._scheduler.wait_s(len(self._feeds)) == 0.0:
+            self._step(self._scheduler.take())
+            self._may_catch_up = True
+        elif self._may_catch_up:
+            self._may_catch_up = self._catch_up()
+        self._flush()
+        if self._tidy and self._tidy_at is not None and not self._feeds and self.clock() >= self._tidy_at:
+            self._tidy_at = None
+            self._tidy()
+        return True
 
     def _carry_out(self, feed: Feed, commands: list[Command]) -> None:
         for kind, group in groupby(commands, type):

@@ -34,6 +34,8 @@ class StreamError(Exception):
 async def abort(context: grpc.aio.ServicerContext, error: StreamError) -> NoReturn:
     """Ends a call with the error's status, message and retry hint."""
     metadata = (*context.trailing_metadata(), *error.trailing_metadata)
+    # the frames of the traceback hold the stream's buffers and the error itself: memory only the collector would free
+    error.__traceback__ = error.__cause__ = error.__context__ = None
     await context.abort(error.code, error.message, trailing_metadata=metadata)
     raise AssertionError("abort raises")
 

@@ -68,15 +68,35 @@ class Listener(Protocol):
         """The stream is closed; nothing follows."""
 
 
+class _Nobody:
+    def on_opened(self) -> None:
+        pass
+
+    def on_consumed(self, commands: int) -> None:
+        pass
+
+    def on_result(self, result: ChunkResult, latency_ms: float) -> None:
+        pass
+
+    def on_failed(self, error: BaseException) -> None:
+        pass
+
+
+NOBODY: Listener = _Nobody()  # listens to the streams whose sessions are closed
+
+
 class Feed:
-    """Belongs to the engine thread, except `commands` and `called`, which its lock guards, and `abandoned`."""
+    """Belongs to the engine thread, except `commands` and `called`, which its lock guards, and what is set elsewhere:
+
+    `abandoned` and `listener`, by the event loop.
+    """
 
     def __init__(self, options: StreamOptions, audio: AudioFormat, listener: Listener) -> None:
         """`audio` says what `Audio` commands carry, if it is raw; containers are unpacked before they come here."""
         self.options = options
         self.stream_id = stream_id.get()  # for log lines
         self.input = AudioInput(audio if audio.is_raw else UNPACKED)
-        self.listener = listener
+        self.listener: Listener = listener
         self.commands: list[Command] = []
         self.called = False  # they are to be carried out in the next round
         self.abandoned = False  # set by the event loop: do not spend time on audio that is still queued

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,11 +52,9 @@ class Update:
 class Outbox:
     """Belongs to the event loop. An unread interim result gives way to the next one, which takes over its chunks."""
 
-    def __init__(self, *, interim_results: bool, unread_chunks: int, on_read: Callable[[], None]) -> None:
-        """`on_read` is called whenever the client took something out."""
+    def __init__(self, *, interim_results: bool, unread_chunks: int) -> None:
         self._interim_results = interim_results
         self._unread_chunks = unread_chunks
-        self._on_read = on_read
         self._updates: deque[Update] = deque()
         self._unreported: tuple[ChunkRecord, ...] = ()
         self._closed = False
@@ -104,6 +101,4 @@ class Outbox:
                 return None
             self._changed.clear()
             await self._changed.wait()
-        update = self._updates.popleft()
-        self._on_read()
-        return update
+        return self._updates.popleft()

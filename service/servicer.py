@@ -58,21 +58,27 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
         """Serves one streaming call, whatever its protocol."""
         reading, writing = Patience(self._config.limits.idle_s), Patience(self._config.limits.idle_s)
         try:
-            message = await self._next(context, reading)
-            if message is None:
-                raise invalid("the stream ended before its configuration: send streaming_config in the first message")
-            request = self._complete(context, partial(dialect.configure, message))
-            async with self._reception.stream(context, request) as session:
-                reader = asyncio.create_task(self._read(context, session, dialect, reading))
-                try:
-                    await self._write(context, session, dialect, writing)
-                finally:
-                    reader.cancel()
+            await self._converse(context, dialect, reading, writing)
         except StreamError as error:  # the session is closed: the status waits behind results the client does not read
             await abort(context, error)
         finally:
             reading.close()
             writing.close()
+
+    async def _converse(
+        self, context: grpc.aio.ServicerContext, dialect: Dialect, reading: Patience, writing: Patience
+    ) -> None:
+        """Raises StreamError. Apart from `converse`, whose frame an aborted call keeps for the garbage collector."""
+        message = await self._next(context, reading)
+        if message is None:
+            raise invalid("the stream ended before its configuration: send streaming_config in the first message")
+        request = self._complete(context, partial(dialect.configure, message))
+        async with self._reception.stream(context, request) as session:
+            reader = asyncio.create_task(self._read(context, session, dialect, reading))
+            try:
+                await self._write(context, session, dialect, writing)
+            finally:
+                reader.cancel()
 
     async def recognize(
         self, context: grpc.aio.ServicerContext, configure: Callable[[], StreamRequest], audio: bytes

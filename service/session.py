@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from service.errors import StreamError, invalid, to_stream_error
-from service.feed import Audio, Close, Command, Feed, Finish, Flush, Open, SetBudget
+from service.feed import NOBODY, Audio, Close, Command, Feed, Finish, Flush, Open, SetBudget
 from service.outbox import Outbox, Update
 from service.unpack import Unpacker
 
@@ -64,9 +64,7 @@ class Session:
         self._limits = limits
         self._feed = Feed(request.options, request.audio, self)
         self._unpacker = None if request.audio.is_raw else Unpacker(request.audio)
-        self._outbox = Outbox(
-            interim_results=request.interim_results, unread_chunks=limits.unread_chunks, on_read=self._look_again
-        )
+        self._outbox = Outbox(interim_results=request.interim_results, unread_chunks=limits.unread_chunks)
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._room = asyncio.Event()
         self._queued_commands = 0
@@ -153,6 +151,7 @@ class Session:
     async def receive(self) -> Update | None:
         """Returns the next update, None after the last; raises StreamError when the stream failed."""
         update = await self._outbox.get()
+        self._look_again()  # there is more room now
         if self._on_final is not None and update is not None and update.result.is_final and update.result.committed:
             self._on_final(update.result.committed)
         return update
@@ -160,10 +159,15 @@ class Session:
     def fail(self, error: BaseException) -> None:
         """Ends the stream with an error, after the updates that are still unread. The slot is free at once."""
         self._outbox.close(to_stream_error(error))
-        self.close()
+        self._leave()
 
     def close(self) -> None:
-        """Gives the slot back; safe at any time and more than once."""
+        """Gives the slot back; safe at any time and more than once. Nothing is received after that."""
+        self._leave()
+        # no circle is left: a stream's buffers go with its last reference, not when the garbage collector comes by
+        self._feed.listener = NOBODY
+
+    def _leave(self) -> None:
         self._ended = True
         if not self._closed:
             self._closed = True

@@ -9,6 +9,7 @@ A variant that is there already is not trained again; an interrupted one goes on
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import subprocess
@@ -50,6 +51,19 @@ def train_variant(name: str, config: TrainConfig, data: Path, out: Path, threads
         raise ConfigError(f"the training of {name!r} failed; see above")
     (run / "done").touch()
     return run
+
+
+def on_other_data(config: TrainConfig, name: str, data: Path) -> TrainConfig:
+    """`config` for what prepare wrote to `data`, with that folder's number of pieces.
+
+    Raises:
+        ConfigError: there is no such data.
+    """
+    try:
+        pieces = json.loads((data / "data.json").read_text(encoding="utf-8"))["vocab_size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--also must be NAME=DATA, DATA a folder that prepare wrote; {name!r}: {error}") from error
+    return dataclasses.replace(config, name=name, model=dataclasses.replace(config.model, vocab_size=pieces))
 
 
 def score(run: Path, store: FeatureStore, chunk_frames: int) -> list[Decoded]:
@@ -111,6 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, required=True, help="of audio seen, for every variant")
     parser.add_argument("--layers", type=int, default=12, help="of the joint models; 4 trains several times faster")
     parser.add_argument("--only", help="comma-separated names; the first one is the baseline. Default: all")
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="NAME=DATA",
+        help="one more row: the first variant on what prepare wrote elsewhere, e.g. with other pieces or more corpora",
+    )
     parser.add_argument("--score", type=Path, help="folder of prepared shards to score on; default DATA/dev")
     parser.add_argument("--chunk-frames", type=int, default=8, help="of 80 ms")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -124,9 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ConfigError(f"unknown variants {', '.join(unknown)}; known: {', '.join(known)}")
         tokenizer = Tokenizer((options.data / "tokenizer.model").read_bytes())
         store = FeatureStore(options.score or options.data / "dev", tokenizer)
+        folders = dict.fromkeys(names, options.data)
+        for entry in options.also:
+            name, _, folder = entry.partition("=")
+            known[name], folders[name] = on_other_data(known[names[0]], name, Path(folder)), Path(folder)
         results, layers = {}, {}
-        for name in names:
-            run = train_variant(name, known[name], options.data, options.out, options.threads)
+        for name, folder in folders.items():
+            run = train_variant(name, known[name], folder, options.out, options.threads)
             results[name] = score(run, store, options.chunk_frames)
             layers[name] = known[name].model.exit_layers
             rows = compare(results, layers)

@@ -65,8 +65,8 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
     "noise": lambda c: _augment(c, noise_probability=0.2),
     "reverberation": lambda c: _augment(c, room_probability=0.2),
     "synthetic speech": _set(corpus_shares=()),
-    "exit weights, deep": lambda c: dataclasses.replace(c, exit_weights=(*_ones(c)[:-1], 3.0)),
-    "exit weights, shallow": lambda c: dataclasses.replace(c, exit_weights=(3.0, *_ones(c)[1:])),
+    "exit weights (deep)": lambda c: dataclasses.replace(c, exit_weights=(*_ones(c)[:-1], 3.0)),
+    "exit weights (shallow)": lambda c: dataclasses.replace(c, exit_weights=(3.0, *_ones(c)[1:])),
     "CR-CTC": lambda c: _augment(
         dataclasses.replace(c, consistency_weight=0.2), freq_masks=2, time_masks_per_second=1.0, time_masked_share=0.4
     ),
@@ -79,8 +79,8 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
     "joint gates": _set(gate_weight=0.3),
     "deeper heads at shallow exits": lambda c: _model(c, head_hidden=(384, 256, *[0] * 98)[: c.model.num_exits]),
     "sorted training": _set(shallow_probability=0.5),
-    "random depth, propagate": _set(random_depth_probability=0.25),
-    "random depth, hole": _set(random_depth_probability=0.25, random_depth_fill="hole"),
+    "random depth (propagate)": _set(random_depth_probability=0.25),
+    "random depth (hole)": _set(random_depth_probability=0.25, random_depth_fill="hole"),
     "4x subsampling": lambda c: _model(
         dataclasses.replace(c, chunk_weights=((16, 1.0),)), subsampling=4, left_context_frames=128, max_chunk_frames=32
     ),
@@ -122,10 +122,10 @@ def dedicated(base: TrainConfig, layers: int) -> TrainConfig:
 
 
 def variants(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
-    """Every row of the table, in its order, at equal hours of audio seen; dedicated: of 2, of half and of all layers."""
+    """Every row of the table, in order, at equal hours of audio seen; dedicated models of 2, half and all layers."""
     baseline = plain(hours, layers)
     everything = dataclasses.replace(short(local(), layers), minutes=None, hours=hours)
     rows = {"plain": baseline, **{name: change(baseline) for name, change in METHODS.items()}, "local": everything}
     rows["local with CR-CTC"] = METHODS["CR-CTC"](everything)
-    rows |= {f"dedicated, {n} layers": dedicated(everything, n) for n in sorted({2, layers // 2, layers})}
+    rows |= {f"dedicated {n} layers": dedicated(everything, n) for n in sorted({2, layers // 2, layers})}
     return {name: dataclasses.replace(config, name=name) for name, config in rows.items()}
