@@ -132,7 +132,11 @@ class SelfAttention(nn.Module):
 
     def store_only(self, x: Tensor, context: FrameContext, store: KeyValueStore) -> None:
         """Keys and values of (B, T, D) without the queries: what `propagate` needs (CALM, arXiv 2207.07061)."""
-        batch, frames, d_model = x.shape
-        kv = F.linear(x, self.qkv.weight[d_model:], self.qkv.bias[d_model:])
-        k, v = kv.view(batch, frames, 2, self.num_heads, self.head_dim).unbind(2)
+        batch, frames, _ = x.shape
+        k, v = self.keys_values(x).view(batch, frames, 2, self.num_heads, self.head_dim).unbind(2)
         store.write(rotate(k, context.cos, context.sin), v)
+
+    def keys_values(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, 2 * D): the last two thirds of `qkv`."""
+        d_model = x.shape[-1]
+        return F.linear(x, self.qkv.weight[d_model:], self.qkv.bias[d_model:])

@@ -1,4 +1,8 @@
-"""Few batch sizes, for devices that prepare work for fixed shapes: a captured CUDA graph holds for one shape only."""
+"""Few batch sizes, for devices that prepare work for fixed shapes.
+
+A captured CUDA graph holds for one shape only. oneDNN, which multiplies reduced precisions on a CPU, makes a kernel for
+each shape it meets: that takes milliseconds, several times a product's own time, and it keeps 1,024 of them at most.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ class BatchBuckets:
     """
 
     sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    whole_chunks: bool = True  # pad shorter chunks, too, so that the sizes decide every shape
 
     def __post_init__(self) -> None:
         whole = bool(self.sizes) and all(type(size) is int and size > 0 for size in self.sizes)
@@ -28,3 +33,7 @@ class BatchBuckets:
         if streams > largest:
             return -(-streams // largest) * largest
         return self.sizes[bisect_left(self.sizes, streams)]
+
+
+_FINE = (*range(1, 9), *(step * base for base in (2, 4, 8, 16, 32, 64) for step in (5, 6, 7, 8)))
+CPU_BUCKETS = BatchBuckets(_FINE, whole_chunks=False)  # padding: less than a fifth of a batch, a twelfth on average

@@ -187,7 +187,13 @@ class CachePool:
         return new
 
     def begin(
-        self, segment: int, slots: np.ndarray, frames: np.ndarray, chunk_frames: int, rows: int | None = None
+        self,
+        segment: int,
+        slots: np.ndarray,
+        frames: np.ndarray,
+        chunk_frames: int,
+        rows: int | None = None,
+        whole_chunks: bool = False,
     ) -> tuple[FrameContext, BatchIndex, Tensor | None]:
         """Advance one segment's clocks over a chunk of (B,) slots, `frames` (B,) long; returns what its layers need.
 
@@ -195,20 +201,21 @@ class CachePool:
         is where the real frames lie (see `real_frames`), None without padding. Every chunk starts on its own chunk
         grid, so all its frames see the same keys and the mask is (B, 1, 1, W).
 
-        With `rows` the layers get (rows, chunk_frames, D), whatever the number and length of the chunks: everything
-        returned for them has a shape that these two decide.
+        With `rows` the layers get so many rows, whatever the number of chunks; with `whole_chunks` T is `chunk_frames`,
+        whatever their length, and everything returned for them has a shape that these two decide.
         """
-        caches, longest, padded = self.segments[segment], int(frames.max()), True
-        if rows is None:
-            padded = int(frames.min()) < longest
-        else:
-            slots, frames = extended(slots, rows, self.spare_slot), extended(frames, rows, 0)
-            longest = chunk_frames
+        caches, count = self.segments[segment], len(slots)
+        longest = chunk_frames if whole_chunks else int(frames.max())
+        padded = whole_chunks or int(frames.min()) < longest
+        if rows is not None:
+            slots = extended(slots, rows, self.spare_slot)
+            frames = extended(frames, rows, 0 if padded else longest)
         start = caches[0].clock[slots]
-        cells = [cache.advance(slots, frames)[0] for cache in caches]
+        cells = [cache.advance(slots[:count], frames[:count])[0] for cache in caches]
         context = self._context(start, caches[0].positions[slots], frames, longest if padded else None, chunk_frames)
         if not padded:
-            return context, BatchIndex(self.tensor(slots), self.tensor(cells[0])), None
+            everywhere = extended(cells[0], len(frames) * longest, self.spare_cell)
+            return context, BatchIndex(self.tensor(slots), self.tensor(everywhere)), None
         places = real_frames(frames, longest)
         spread = np.full(len(frames) * longest, self.spare_cell)
         spread[places] = cells[0]
@@ -226,23 +233,28 @@ class CachePool:
         return self.tensor((first[:, None] + np.arange(halo)).ravel())
 
     def begin_filling(
-        self, segment: int, slots: np.ndarray, frames: np.ndarray
+        self, segment: int, slots: np.ndarray, frames: np.ndarray, rows: int, total: int
     ) -> tuple[FrameContext, list[LayerView], np.ndarray]:
         """`begin` for skipped frames: the layers get all of them in a row, (1, N, D), and the last of each stream.
 
-        Returns also where those lie: (B, h) places among N, padded behind where a stream skipped fewer than h frames.
+        Padded to N = `total` frames and to B = `rows` streams. Returns also where the last ones lie: (B, h) places
+        among N, padded behind where a stream skipped fewer than h frames.
         """
         caches = self.segments[segment]
         claimed = [cache.advance(slots, frames) for cache in caches]
         cells, positions = claimed[0]
         halo = max(1, caches[0].conv.shape[1])
         kept, ends = np.minimum(frames, halo), frames.cumsum()
-        last = np.minimum((ends - kept)[:, None] + np.arange(kept.max()), ends[:, None] - 1)
-        uneven = kept.min() < kept.max()
+        longest = int(kept.max())
+        last = np.minimum((ends - kept)[:, None] + np.arange(longest), ends[:, None] - 1)
+        last = np.concatenate((last, np.zeros((rows - len(slots), longest), last.dtype)))
+        uneven = kept.min() < longest
         index = BatchIndex(
-            self.tensor(slots), self.tensor(cells), self._kept(kept, int(kept.max())) if uneven else None
+            self.tensor(extended(slots, rows, self.spare_slot)),
+            self.tensor(extended(cells, total, self.spare_cell)),
+            self._kept(extended(kept, rows, longest), longest) if uneven else None,
         )
-        cos, sin = self._rotary(torch.from_numpy(positions)[None])
+        cos, sin = self._rotary(torch.from_numpy(extended(positions, total, 0))[None])
         return FrameContext(cos, sin, None, None), [LayerView(cache, index) for cache in caches], last
 
     def _context(

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from asr_exit.attention import SelfAttention
 from asr_exit.conformer import FeedForward
 
 _TYPICAL_ROWS = 256  # what the layout is chosen for; it serves any number
@@ -26,11 +27,18 @@ def pack_linears(module: nn.Module) -> None:
     packed: dict[nn.Linear, Tensor] = {}
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and "forward" not in vars(layer):
-            packed[layer] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _TYPICAL_ROWS)
+            packed[layer] = _packed(layer.weight.detach())
             layer.forward = partial(_multiply, packed[layer], layer.bias, "none")  # type: ignore[method-assign]
     for part in module.modules():
         if isinstance(part, FeedForward) and part.up in packed:  # SiLU while the product is at hand
             part.expand = partial(_multiply, packed[part.up], part.up.bias, "swish")  # type: ignore[method-assign]
+        if isinstance(part, SelfAttention) and part.qkv in packed:  # without the queries
+            weight, bias = (x.detach()[part.qkv.in_features :] for x in (part.qkv.weight, part.qkv.bias))
+            part.keys_values = partial(_multiply, _packed(weight), bias, "none")  # type: ignore[method-assign]
+
+
+def _packed(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)  # type: ignore[no-any-return]
 
 
 def _multiply(packed: Tensor, bias: Tensor, then: str, x: Tensor) -> Tensor:

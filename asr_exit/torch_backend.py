@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from asr_exit.attention import FrameContext
-from asr_exit.buckets import BatchBuckets
+from asr_exit.buckets import CPU_BUCKETS, BatchBuckets
 from asr_exit.cache import CachePool, extended, real_frames
 from asr_exit.cost import SegmentMacs
 from asr_exit.cuda_graphs import CudaCapture, SegmentGraphs
@@ -20,6 +20,8 @@ from asr_exit.evidence import ExitScores, score
 from asr_exit.features import log_mels, windows_to_log_mel
 from asr_exit.front_end import Float32LogMel
 from asr_exit.packing import pack_linears
+
+_ROWS_AT_ONCE = 8  # frames of skipped chunks are padded to multiples of this many
 
 
 class TorchBackend:
@@ -38,20 +40,22 @@ class TorchBackend:
         buckets: BatchBuckets | None = None,
         cuda_graphs: bool = False,
     ) -> None:
-        """A GPU pads batches to few sizes and chunks to their full length; neither changes a stream's answer.
+        """Batches are padded to few sizes, and on a GPU chunks to their full length; neither changes a stream's answer.
 
         Args:
-            buckets: those sizes; None = the usual ones on a GPU, no padding elsewhere.
+            buckets: those sizes; None = the usual ones on a GPU and for a reduced precision, no padding elsewhere.
             cuda_graphs: replay captured segments instead of launching their kernels one by one. Not yet measured.
         Raises:
             ConfigError: `cuda_graphs` without a CUDA device.
         """
         self.config, self.encoder, self.device = encoder.config, encoder.to(device), torch.device(device)
         self.dtype = encoder.subsampling.out.weight.dtype
+        usual = BatchBuckets() if self.device.type == "cuda" else None
         if self.dtype != torch.float32 and self.device.type == "cpu":
             pack_linears(self.encoder)
+            usual = CPU_BUCKETS
         self.pool = CachePool(self.config, slots, encoder.subsampling.tail_shapes(), self.device, self.dtype)
-        self.buckets = BatchBuckets() if buckets is None and self.device.type == "cuda" else buckets
+        self.buckets = usual if buckets is None else buckets
         self._graphs: SegmentGraphs | None = None
         if cuda_graphs:
             self._graphs = SegmentGraphs(self.encoder.segments, self.pool, CudaCapture(self.device))
@@ -113,8 +117,8 @@ class TorchBackend:
         want_evidence: bool,
         want_similarity: bool,
     ) -> tuple[list[Tensor], list[ExitScores] | None]:
-        fixed = None if self.buckets is None else self._rows_of(slots)
-        context, index, real = self.pool.begin(segment, slots, frames, chunk_frames, fixed)
+        whole = self.buckets is not None and self.buckets.whole_chunks
+        context, index, real = self.pool.begin(segment, slots, frames, chunk_frames, self._rows_of(slots), whole)
         before = self._batch_of(states, real, context)
         if self._graphs is None:
             layers = self.pool.views(segment, index)
@@ -147,8 +151,12 @@ class TorchBackend:
     def propagate(
         self, segment: int, slots: np.ndarray, states: Sequence[Sequence[Tensor]], frames: np.ndarray
     ) -> None:
-        context, layers, last = self.pool.begin_filling(segment, slots, frames)
-        skipped = torch.cat([state for chunks in states for state in chunks])
+        rows, total = self._rows_of(slots), int(frames.sum())
+        padded = total if self.buckets is None else _ROWS_AT_ONCE * self.buckets.size(-(-total // _ROWS_AT_ONCE))
+        context, layers, last = self.pool.begin_filling(segment, slots, frames, rows, padded)
+        chunks = [state for chunks in states for state in chunks]
+        skipped = chunks[0].new_zeros(padded, chunks[0].shape[1])
+        torch.cat(chunks, out=skipped[:total])
         self.encoder.segments[segment].propagate(skipped[None], context, layers, skipped[self.pool.tensor(last)])
 
     @torch.inference_mode()
@@ -171,7 +179,9 @@ class TorchBackend:
 def _padded(states: Sequence[Tensor], real: Tensor | None, shape: Sequence[int]) -> Tensor:
     """Per stream (frames, D) -> (B, T, D) with B and T = `shape`; the inverse of `_rows`."""
     if real is None:
-        return torch.stack(list(states))
+        batch = states[0].new_zeros(*shape, states[0].shape[1])
+        torch.stack(list(states), out=batch[: len(states)])
+        return batch
     flat = torch.cat(list(states))
     batch = flat.new_zeros(*shape, flat.shape[1])
     batch.flatten(0, 1).index_copy_(0, real, flat)
@@ -179,7 +189,7 @@ def _padded(states: Sequence[Tensor], real: Tensor | None, shape: Sequence[int])
 
 
 def _rows(batch: Tensor, real: Tensor | None, frames: np.ndarray) -> list[Tensor]:
-    """(B, T, D) -> per stream its own (frames, D). `real`: places of its frames among B * T, None = all."""
+    """(B, T, D) -> per stream its own (frames, D). `real`: places of its frames among B * T, None = no short chunks."""
     if real is None:
-        return list(batch)
+        return list(batch[: len(frames)].unbind())
     return list(batch.flatten(0, 1).index_select(0, real).split(frames.tolist()))
