@@ -136,9 +136,10 @@ class Captions:
 
     def at_endpoint(self, rules: Iterable[EndpointRule]) -> bool:
         """Whether one of the rules ends the utterance here."""
-        has_words, silence_ms, utterance_ms = self.has_words, self.silence_ms(), self.utterance_ms()
+        has_words, silence_ms = self.has_words, self.silence_ms()
         return any(
-            rule.holds(contains_speech=has_words, silence_ms=silence_ms, utterance_ms=utterance_ms) for rule in rules
+            rule.holds(contains_speech=has_words, silence_ms=silence_ms, utterance_ms=self.utterance_ms)
+            for rule in rules
         )
 
     def take_final(self) -> Caption:

@@ -6,6 +6,7 @@ is being spoken across the cut is neither lost nor doubled.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from asr_exit.config import require
@@ -30,10 +31,10 @@ class EndpointRule:
             "endpoint rule: min_silence_ms or min_utterance_ms must be more than 0, or it would always hold",
         )
 
-    def holds(self, *, contains_speech: bool, silence_ms: float, utterance_ms: float) -> bool:
-        """Whether an utterance of this length ends here, given the silence at its end."""
+    def holds(self, *, contains_speech: bool, silence_ms: float, utterance_ms: Callable[[], float]) -> bool:
+        """Whether an utterance of this length, asked for if it matters, ends here, given the silence at its end."""
         return (
             (contains_speech or not self.must_contain_speech)
             and silence_ms >= self.min_silence_ms
-            and utterance_ms >= self.min_utterance_ms
+            and (self.min_utterance_ms == 0 or utterance_ms() >= self.min_utterance_ms)
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 from asr_exit.ctc import TokenSpan
 from asr_exit.errors import ConfigError
@@ -79,7 +78,7 @@ class WordReader:
 
     def read(self, tokens: tuple[TokenSpan, ...]) -> tuple[Word, ...]:
         """Words of `tokens`, the first of which are mostly the same objects as those read before. Errors as there."""
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], zip(self._tokens, tokens, strict=False)))
+        same = _num_equal(self._tokens, tokens)
         kept, used, end = 0, 0, 0
         for count, word in enumerate(self._words[:-1], 1):  # the last one may grow
             end += word.num_tokens
@@ -90,6 +89,15 @@ class WordReader:
         self._tokens = tokens
         self._words = self._words[:kept] + words_from_tokens(tokens[used:], self._pieces, self._frame_ms)
         return self._words
+
+
+def _num_equal(before: tuple[TokenSpan, ...], after: tuple[TokenSpan, ...]) -> int:
+    """How many leading tokens are equal. Mostly all but the newest, which comparing whole slices finds at once."""
+    length = min(len(before), len(after))
+    for guess in (length, length - 1, length - 2):
+        if guess >= 0 and before[:guess] == after[:guess]:
+            return guess
+    return next(index for index in range(length) if before[index] != after[index])
 
 
 def text_from_words(words: Iterable[Word]) -> str:

@@ -60,7 +60,7 @@ def finals_of(results: list[ChunkResult]) -> list[str]:
     ],
 )
 def test_rules(rule: EndpointRule, speech: bool, silence_ms: float, utterance_ms: float, expected: bool) -> None:
-    assert rule.holds(contains_speech=speech, silence_ms=silence_ms, utterance_ms=utterance_ms) is expected
+    assert rule.holds(contains_speech=speech, silence_ms=silence_ms, utterance_ms=lambda: utterance_ms) is expected
 
 
 @pytest.mark.parametrize("values", [(-1.0,), (0.0,), (4e6,), (100.0, True, -1.0), (float("nan"),)])
