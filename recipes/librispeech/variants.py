@@ -34,14 +34,12 @@ def plain(hours: float, layers: int = 12) -> TrainConfig:
 
     With the recipe's optimiser: with AdamW a short run does not leave CTC's blank plateau, and all rows would be alike.
     """
-    base = short(local(), layers)
+    base = short(local(), layers, hours)
     nothing = AugmentConfig(freq_masks=0, time_masks_per_second=0.0, gain_nepers=0.0)
     return dataclasses.replace(
         base,
         name="plain",
         model=dataclasses.replace(base.model, self_conditioning=False, conv_lookahead=False),
-        minutes=None,
-        hours=hours,
         augment=nothing,
         corpus_shares=((SYNTHETIC, 0.0),),
         speeds=(1.0,),
@@ -87,19 +85,19 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
 }
 
 
-def short(config: TrainConfig, layers: int) -> TrainConfig:
-    """`config` as a model of `layers` layers, with stages for a run of tens of hours: more of it on short utterances.
+def short(config: TrainConfig, layers: int, hours: float) -> TrainConfig:
+    """`config` as a model of `layers` layers for a run of tens of hours: utterances grow longer within the first ten.
 
     The batches are smaller, too: so early, more updates are worth more than less noise in each.
     """
     model = dataclasses.replace(config.model, num_layers=layers)
     first = min(2, model.num_exits)
     stages = (
-        Stage(0.12, first, 30.0, 5.0, False, 2e-3),
-        Stage(0.35, first, 40.0, 9.0, True, 2e-3),
+        Stage(min(0.12, 4.0 / hours), first, 30.0, 5.0, False, 2e-3),
+        Stage(min(0.35, 10.0 / hours), first, 40.0, 9.0, True, 2e-3),
         Stage(1.0, model.num_exits, 48.0, 15.0, True, 1.8e-3),
     )
-    return dataclasses.replace(config, model=model, stages=stages, decay_from=0.5)
+    return dataclasses.replace(config, model=model, stages=stages, decay_from=0.5, minutes=None, hours=hours)
 
 
 def _until(stage: Stage, until: float) -> Stage:
@@ -124,7 +122,7 @@ def dedicated(base: TrainConfig, layers: int) -> TrainConfig:
 def variants(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
     """Every row of the table, in order, at equal hours of audio seen; dedicated models of 2, half and all layers."""
     baseline = plain(hours, layers)
-    everything = dataclasses.replace(short(local(), layers), minutes=None, hours=hours)
+    everything = short(local(), layers, hours)
     rows = {"plain": baseline, **{name: change(baseline) for name, change in METHODS.items()}, "local": everything}
     rows["local with CR-CTC"] = METHODS["CR-CTC"](everything)
     rows |= {f"dedicated {n} layers": dedicated(everything, n) for n in sorted({2, layers // 2, layers})}
