@@ -45,16 +45,18 @@ def calibrate(
     target: float | None = None,
     tolerance: float = TOLERANCE,
     on_stage: Callable[[str], None] = lambda stage: None,
+    on_length: Callable[[dict[str, Any]], None] = lambda calibration: None,
 ) -> dict[str, Any]:
-    """Calibration of the workers' model, ready for `save_model`.
+    """Calibration of the workers' model, ready for `save_model`; chunk lengths not asked for stay as they are.
 
     Args:
         name: of the recordings, for the record.
-        chunks_ms: chunk lengths to calibrate for; the first is the default one.
+        chunks_ms: chunk lengths to calibrate for; the first is the default one of a model that has none.
         criteria: None = all that the model can have: `joint-gate` needs gates that were trained with it.
         target: wanted mean cost of the default thresholds, as a share of full depth; None asks for the cheapest row
             that adds at most `tolerance` (relative) word errors.
         on_stage: told what begins.
+        on_length: given what there is, ready for `save_model`, whenever one chunk length is done.
 
     Raises:
         ConfigError: nothing to calibrate, a criterion that is unknown or not the model's, or a target outside (0, 1].
@@ -70,16 +72,27 @@ def calibrate(
         raise ConfigError(f"the model has no gates for {JointGate.label!r}; train it with gate_weight above 0")
     if target is not None and not 0.0 < target <= 1.0:
         raise ConfigError(f"the target {target:g} must be a share of full depth, above 0 and at most 1")
-    results = [
-        _for_chunk(workers, recordings, name, float(chunk_ms), criteria, target, tolerance, on_stage)
-        for chunk_ms in chunks_ms
-    ]
-    first = results[0]
-    if gates and JointGate.label not in criteria:  # only training could make them again
-        first[JointGate.label] = {key: gates[key] for key in ("weights", "features")}
-    if len(results) > 1:
-        first["by_chunk_ms"] = {f"{result['chunk_ms']:g}": result for result in results[1:]}
-    return first
+    stored, parts = workers.model.calibration, _by_length(workers.model.calibration)
+    default = f"{stored.get('chunk_ms') or chunks_ms[0]:g}"
+    for chunk_ms in chunks_ms:
+        part = _for_chunk(workers, recordings, name, float(chunk_ms), criteria, target, tolerance, on_stage)
+        if gates and JointGate.label not in criteria:  # only training could make them again
+            part[JointGate.label] = {key: gates[key] for key in ("weights", "features")}
+        parts[f"{chunk_ms:g}"] = part
+        calibration = dict(parts[default])
+        if others := {length: parts[length] for length in sorted(parts, key=float) if length != default}:
+            calibration["by_chunk_ms"] = others
+        on_length(calibration)
+    return calibration
+
+
+def _by_length(calibration: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each chunk length's part of a stored calibration."""
+    if not calibration.get("chunk_ms"):
+        return {}
+    parts = dict(calibration.get("by_chunk_ms", {}))
+    parts[f"{calibration['chunk_ms']:g}"] = {k: v for k, v in calibration.items() if k != "by_chunk_ms"}
+    return parts
 
 
 def _for_chunk(

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from asr_exit.calibration.calibrate import CHUNK_MS, TOLERANCE, calibrate
 from asr_exit.calibration.workers import Recording, Workers
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--subset", default="dev-clean", help="held-out subset of it")
     parser.add_argument("--manifest", type=Path, help="manifest.tsv of another held-out corpus")
     parser.add_argument("--limit", type=int, help="use only so many recordings, from all over the set")
-    parser.add_argument("--chunk-ms", type=int, nargs="+", default=CHUNK_MS, help="the first is the default")
+    parser.add_argument("--chunk-ms", type=int, nargs="+", default=CHUNK_MS, help="saved one by one; others stay")
     parser.add_argument("--target", type=float, help="wanted mean cost of the default thresholds")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="relative word errors they may add else")
     parser.add_argument("--processes", type=int, default=1, help="one core each")
@@ -48,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recordings = [Recording(utterance.path, utterance.text) for utterance in corpus.utterances]
         if options.limit:
             recordings = recordings[:: max(1, len(recordings) // options.limit)][: options.limit]
+
+        def save(calibration: dict[str, Any]) -> None:
+            state = model.encoder.state_dict()
+            save_model(options.out, model.config, state, model.tokenizer, calibration, model.provenance)
+
         with Workers(model, options.processes) as workers:
             calibration = calibrate(
                 workers,
@@ -57,10 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 target=options.target,
                 tolerance=options.tolerance,
                 on_stage=lambda stage: print(stage, file=sys.stderr),
+                on_length=save,
             )
-        save_model(
-            options.out, model.config, model.encoder.state_dict(), model.tokenizer, calibration, model.provenance
-        )
         load(options.out)
     except AsrExitError as error:
         sys.exit(f"calibrate: {error}")

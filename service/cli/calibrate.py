@@ -15,7 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FILE", help="model file to read (default: the bundled one)")
     parser.add_argument("--out", metavar="FILE", required=True, help="model file to write; may equal --model")
     parser.add_argument(
-        "--chunk-ms", default="640,160,320,1280", metavar="LIST", help="the first is the default (default: %(default)s)"
+        "--chunk-ms",
+        default="640,160,320,1280",
+        metavar="LIST",
+        help="saved one by one; others stay as the model has them, and so does its default length, which is the first "
+        "one of a model that has none (default: %(default)s)",
     )
     parser.add_argument("--criteria", metavar="LIST", help="separated by commas (default: all that the model can have)")
     parser.add_argument(
@@ -56,6 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
     keep_freed_memory()
     model = load(arguments.model)
     console = Console(file=sys.stderr)
+
+    def save(calibration: dict) -> None:
+        with torch.inference_mode():
+            state = model.encoder.state_dict()
+        save_model(arguments.out, model.config, state, model.tokenizer, calibration, model.provenance)
+
     with Workers(model, arguments.processes) as workers, console.status("calibrating") as status:
         calibration = calibrate(
             workers,
@@ -66,10 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
             target=arguments.target,
             tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
             on_stage=lambda stage: status.update(stage),
+            on_length=save,
         )
-    with torch.inference_mode():
-        state = model.encoder.state_dict()
-    save_model(arguments.out, model.config, state, model.tokenizer, calibration, model.provenance)
     load(arguments.out)
     if arguments.json:
         print(json.dumps(calibration))

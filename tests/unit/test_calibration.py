@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,6 +205,7 @@ def test_gates_learn_what_predicts_harm() -> None:
 
 def test_a_calibrated_model_follows_a_wanted_cost(workers: Workers, recordings: list[Recording]) -> None:
     stages: list[str] = []
+    saved: list[dict[str, Any]] = []
     labels = ["posterior", "entropy", "similarity", "gate", "q-exit"]  # one of each kind; the rest in the next test
     found = calibrate(
         workers,
@@ -213,6 +215,7 @@ def test_a_calibrated_model_follows_a_wanted_cost(workers: Workers, recordings: 
         criteria=labels,
         target=0.6,
         on_stage=stages.append,
+        on_length=saved.append,
     )
     found = json.loads(json.dumps(found))
     assert found["data"] == "babble, 4 utterances, 0.00 h"
@@ -221,6 +224,7 @@ def test_a_calibrated_model_follows_a_wanted_cost(workers: Workers, recordings: 
     assert "wer_measured" in found[found["default"]]
     assert all(0 < found[label]["wer_unseen"] < 2 for label in labels)
     assert list(found["by_chunk_ms"]) == ["320"]
+    assert [list(part.get("by_chunk_ms", ())) for part in saved] == [[], ["320"]]
     assert any("observing" in stage for stage in stages)
     layers = workers.model.config.exit_layers
     for chunk_ms, some in ((640, labels), (320, ["entropy", "gate"])):
@@ -231,6 +235,17 @@ def test_a_calibrated_model_follows_a_wanted_cost(workers: Workers, recordings: 
             costs = [outcome(replay(workers.model, recordings[:1], setting)).macs_fraction for setting in settings]
             assert costs[0] < 0.4
             assert costs[1] == 1.0
+
+
+def test_lengths_not_asked_for_stay(model: Model, recordings: list[Recording]) -> None:
+    stored = {"chunk_ms": 640.0, "default": "entropy", "entropy": {"thresholds": [0.1] * 5}}
+    workers = Workers(dataclasses.replace(model, calibration={**stored, "by_chunk_ms": {"1280": {"chunk_ms": 1280.0}}}))
+    found = calibrate(workers, recordings[3:4], name="babble", chunks_ms=(320,), criteria=["posterior"], target=0.6)
+    lengths = found.pop("by_chunk_ms")
+    assert found == stored
+    assert list(lengths) == ["320", "1280"]
+    assert lengths["320"]["default"] == "posterior"
+    assert lengths["1280"] == {"chunk_ms": 1280.0}
 
 
 def test_the_other_criteria_follow_it_too(workers: Workers, recordings: list[Recording]) -> None:
