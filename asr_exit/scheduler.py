@@ -27,8 +27,8 @@ class Batching:
     A larger batch uses the processor better and makes every stream in it wait for a longer step. Waiting for company
     saves processor time where streams are few; under load batches fill while the step before runs, and nobody waits.
 
-    Larger batches come in multiples of 8, and what is left over goes first in the next one. Matrix libraries make a
-    kernel for each size that they meet, which took a tenth of the time of a server that met them all.
+    Larger batches come in multiples of 8, and what is left over goes first in the next one: these sizes a CPU computes
+    without padding (see `asr_exit.buckets`).
     """
 
     max_batch: int = 64  # streams in one step

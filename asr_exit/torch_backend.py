@@ -164,6 +164,26 @@ class TorchBackend:
         self.pool.leave_hole(segment, slots, frames)
 
     @torch.inference_mode()
+    def warm_up(self, chunk_frames: int, most: int) -> None:
+        """On a CPU: run every size that batches of up to `most` chunks are padded to: no stream then waits for kernels.
+
+        To be called before the first stream, on the thread that will run the engine.
+        """
+        if self.buckets is None or self.device.type != "cpu":
+            return
+        taken = [slot for slot in (self.acquire() for _ in range(min(most, self.free_slots))) if slot is not None]
+        silence = np.zeros((chunk_frames * self.config.subsampling, self.config.features.num_mels), np.float32)
+        for size in [size for size in self.buckets.sizes if size <= len(taken)]:
+            slots, frames = np.array(taken[:size]), np.full(size, chunk_frames)
+            states = self.subsample(slots, [silence] * size, frames)
+            wanted = {"read": True, "want_log_probs": False, "want_evidence": False, "want_similarity": False}
+            states, _ = self.run(0, slots, states, frames, chunk_frames, [None] * size, **wanted)
+            if self.config.num_exits > 1:
+                self.propagate(1, slots, [[state] for state in states], frames)
+        for slot in taken:
+            self.release(slot)
+
+    @torch.inference_mode()
     def seconds_per_mac(self) -> float:
         """Median over a few full-depth chunks."""
         frames, times = self.config.max_chunk_frames, []

@@ -65,6 +65,7 @@ class EngineThread:
         self._wake = threading.Condition()
         self._waiting: list[Feed] = []  # feeds with commands to carry out, in order of arrival; guarded by _wake
         self._put_by: deque[tuple[float, Feed]] = deque()  # feeds whose commands may wait until then; guarded by _wake
+        self._prepared = threading.Event()
         self._stopping = False  # guarded by _wake
         self._feeds: dict[Stream, Feed] = {}
         self._events: list[Event] = []
@@ -73,8 +74,9 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="asr-exit-engine")
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Starts the thread; returns when it is prepared."""
         self._thread.start()
+        self._prepared.wait()
 
     def stop(self) -> None:
         """Fails the streams that are still open with UNAVAILABLE and ends the thread; returns when it has ended."""
@@ -112,8 +114,11 @@ class EngineThread:
             self._call(self._put_by.popleft()[1])
 
     def _run(self) -> None:
-        if self._prepare:
-            self._prepare()
+        try:
+            if self._prepare:
+                self._prepare()
+        finally:
+            self._prepared.set()
         while self._round():
             pass
         error = StreamError(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: connect again later")

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
@@ -18,6 +19,7 @@ from asr_exit.engine import Engine
 from asr_exit.errors import ConfigError
 from asr_exit.load_control import LoadController
 from asr_exit.stream import StreamOptions
+from asr_exit.torch_backend import TorchBackend
 from service import wire
 from service.admission import Admission
 from service.allocator import give_back_freed_memory, spare_what_stays
@@ -81,7 +83,7 @@ class SpeechServer:
                 load=monitors[index] if monitors else None,
                 batching=self._config.batching,
                 metrics=self.metrics,
-                prepare=self._limit_threads,
+                prepare=partial(self._prepare, engine),
                 tidy=give_back_freed_memory,
             )
             for index, engine in enumerate(self.engines)
@@ -153,10 +155,14 @@ class SpeechServer:
         costs = [self.engines[0].macs.to_exit(index, 1) for index in range(self._model.config.num_exits)]
         return LoadMonitor(LoadController(len(costs), self._config.load.target_latency_ms, costs=costs))
 
-    def _limit_threads(self) -> None:
+    def _prepare(self, engine: Engine) -> None:
+        """On the thread that runs the engine."""
         import torch
 
-        torch.set_num_threads(self._config.model.threads)  # counts for the calling thread
+        torch.set_num_threads(self._config.model.threads)  # counts for the calling thread, and so do kernels
+        if isinstance(engine.backend, TorchBackend):
+            chunk_frames = self._model.config.chunk_frames(self._config.stream.chunk_ms)
+            engine.backend.warm_up(chunk_frames, self._config.batching.max_batch)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", SERVICE_NAME):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from asr_exit import packing
 from asr_exit.checkpoint import Model
 from asr_exit.config import FeatureConfig
 from asr_exit.engine import Engine
 from asr_exit.errors import ConfigError
 from asr_exit.features import windows_to_log_mel
 from asr_exit.packing import pack_linears
+from asr_exit.policy import RandomDepth
 from asr_exit.stream import Fill, StreamOptions
 from service.bench.streams import Streamed, stream_all
 from tests.conftest import babble, random_model
@@ -88,3 +91,32 @@ def test_a_batch_of_features_is_each_ones_own() -> None:
 def test_unknown_precision(model: Model) -> None:
     with pytest.raises(ConfigError, match="fp32 or bf16"):
         model.in_precision("int4")
+
+
+def test_warming_up_meets_every_size_that_streams_then_use(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplied: set[tuple[torch.Size, torch.Size]] = set()
+    plain = packing._multiply
+
+    def noted(packed: Tensor, bias: Tensor, then: str, x: Tensor) -> Tensor:
+        multiplied.add((x.shape, packed.shape))
+        return plain(packed, bias, then, x)
+
+    monkeypatch.setattr(packing, "_multiply", noted)
+    reduced = model.in_precision("bf16")
+    engines = [Engine(reduced, slots=13, backend=reduced.backend(13, "cpu")) for _ in range(2)]
+    engines[0].backend.warm_up(8, 12)
+    assert engines[0].backend.free_slots == 13
+    warm, results = set(multiplied), []
+    for engine in engines:
+        options = StreamOptions(policy=RandomDepth(3), fill=Fill.PROPAGATE)
+        streams = [engine.open(options) for _ in range(12)]
+        for step in range(6):
+            served = streams[: 12 - step]
+            for place, stream in enumerate(served):
+                engine.push(stream, babble(0.64, seed=place))
+            results.append(
+                [(result.exit_layer, result.committed, result.tail) for result in engine.step(served).results]
+            )
+    assert multiplied - warm == set()
+    assert results[:6] == results[6:]
+    assert len({layer for step in results for layer, _, _ in step}) > 1
