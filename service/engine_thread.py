@@ -66,6 +66,7 @@ class EngineThread:
         self._waiting: list[Feed] = []  # feeds with commands to carry out, in order of arrival; guarded by _wake
         self._put_by: deque[tuple[float, Feed]] = deque()  # feeds whose commands may wait until then; guarded by _wake
         self._prepared = threading.Event()
+        self._failure: Exception | None = None  # of preparing
         self._stopping = False  # guarded by _wake
         self._feeds: dict[Stream, Feed] = {}
         self._events: list[Event] = []
@@ -74,9 +75,11 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="asr-exit-engine")
 
     def start(self) -> None:
-        """Starts the thread; returns when it is prepared."""
+        """Starts the thread; returns when it is prepared. Raises what preparing raised."""
         self._thread.start()
         self._prepared.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """Fails the streams that are still open with UNAVAILABLE and ends the thread; returns when it has ended."""
@@ -117,6 +120,9 @@ class EngineThread:
         try:
             if self._prepare:
                 self._prepare()
+        except Exception as failure:
+            self._failure = failure
+            return
         finally:
             self._prepared.set()
         while self._round():

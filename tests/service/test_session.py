@@ -81,6 +81,16 @@ async def test_every_chunk_is_reported_once(interim_results: bool) -> None:
     assert interim_results or all(update.lasting for update in updates)
 
 
+def test_an_engine_that_cannot_be_prepared_does_not_start() -> None:
+    def fail() -> None:
+        raise MemoryError("no room for the kernels")
+
+    thread = EngineThread(FakeEngine(), lambda events: None, prepare=fail)  # type: ignore[arg-type]
+    with pytest.raises(MemoryError, match="no room"):
+        thread.start()
+    thread.stop()
+
+
 async def test_a_slow_reader_loses_interims_but_no_final_and_no_chunk() -> None:
     async with running(FakeEngine(final_every=4)) as thread:
         session = await opened(thread)
