@@ -32,6 +32,7 @@ class FakeEngine:
 
     def __init__(self, slots: int = 4, final_every: int = 0) -> None:
         self.slots = slots
+        self.backend = None  # nothing computes here
         self.final_every = final_every
         self.streams: list[FakeStream] = []
         self.opened: list[FakeStream] = []
