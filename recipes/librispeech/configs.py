@@ -96,6 +96,17 @@ def deepened() -> TrainConfig:
     )
 
 
+def spliced() -> TrainConfig:
+    """More of `deepened` with `--start-from MODEL`, with pseudo-labels and 30 h of what `splice` adds to the data."""
+    return dataclasses.replace(
+        deepened(),
+        name="spliced",
+        minutes=60.0,
+        stages=(Stage(1.0, 6, 110.0, 17.0, True, 1.5e-3),),
+        corpus_shares=(*CORPUS_SHARES, ("spliced", 0.4)),
+    )
+
+
 def clean100() -> TrainConfig:
     """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
     return TrainConfig(
@@ -121,5 +132,5 @@ def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[
 
 
 CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
-    f.__name__: f for f in (tiny, mini5, local, continued, deepened, clean100, full960)
+    f.__name__: f for f in (tiny, mini5, local, continued, deepened, spliced, clean100, full960)
 }

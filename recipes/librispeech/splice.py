@@ -1,0 +1,245 @@
+"""Extra training speech: sentences of a text, put together from words and phrases of the recordings.
+
+    python -m recipes.librispeech.splice --data DATA --text sentences.txt.xz --hours 20 [--model model.safetensors]
+
+A few hours of transcribed speech hold few sentences, and deep exits have little language to learn from. So a trained
+model finds the words in the recordings of DATA/train (forced alignment), and stretches of the text that one speaker has
+said nearly every word of are spliced from that speaker's recordings, in the longest phrases there are; words that are
+missing are borrowed from others. After Lam et al., "On-the-fly aligned data augmentation for sequence-to-sequence ASR"
+(Interspeech 2021, arXiv 2104.01393), which replaces words; here all of the text is new. Writes shards of the corpus
+`spliced` to DATA/train; a configuration says in `corpus_shares` how much of it an epoch takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from asr_exit.checkpoint import Model, load
+from asr_exit.data import FRAMES_PER_SECOND, Clip, FeatureStore
+from asr_exit.errors import AsrExitError, ConfigError
+from recipes.librispeech.alignment import offline_log_probs, token_frames, word_cuts
+from recipes.librispeech.shards import SHARD_FRAMES, write_atomically
+from recipes.librispeech.synthesize import read_sentences
+
+CORPUS = "spliced"
+MIN_WORDS = 5  # of a stretch of text
+OWN_SHARE = 0.75  # of the words of a stretch that the speaker has said; the others are borrowed
+MAX_PHRASE = 4  # words taken from one place
+MIN_SPEAKER_WORDS = 600
+SECONDS = (3.0, 15.0)  # of an utterance
+LATE_FRAMES = 9  # feature frames by which a model with chunks shows its tokens after they were said
+
+
+@dataclass(frozen=True)
+class Place:
+    """An aligned recording: word i is frames cuts[i] to cuts[i + 1] of its copy at speed 1."""
+
+    copies: dict[float, Clip]
+    words: tuple[str, ...]
+    cuts: np.ndarray
+
+
+Piece = tuple[Place, int, int]  # words first to end (exclusive) of a place
+
+
+class Phrases:
+    """Where the words and short phrases of some recordings are."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = places
+        self.words = sum(len(place.words) for place in places)
+        self._where: dict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
+        for number, place in enumerate(places):
+            for start in range(len(place.words)):
+                for length in range(1, min(MAX_PHRASE, len(place.words) - start) + 1):
+                    self._where[place.words[start : start + length]].append((number, start))
+
+    def __contains__(self, word: str) -> bool:
+        return (word,) in self._where
+
+    def longest(self, words: tuple[str, ...], rng: np.random.Generator) -> Piece | None:
+        """A random place among those that say most of the first `MAX_PHRASE` of `words`; None without the first."""
+        for length in range(min(MAX_PHRASE, len(words)), 0, -1):
+            if found := self._where.get(words[:length]):
+                number, start = found[int(rng.integers(len(found)))]
+                return self.places[number], start, start + length
+        return None
+
+
+def stretches(words: Sequence[str], own: Phrases, anyone: Phrases) -> Iterator[tuple[str, ...]]:
+    """Runs of at least `MIN_WORDS` of `words` that somebody has said, most of them the speaker of `own`."""
+    run: list[str] = []
+    for word in [*words, ""]:
+        if word in anyone:
+            run.append(word)
+            continue
+        if len(run) >= MIN_WORDS and sum(said in own for said in run) >= OWN_SHARE * len(run):
+            yield tuple(run)
+        run = []
+
+
+def pieces_of(words: tuple[str, ...], own: Phrases, anyone: Phrases, rng: np.random.Generator) -> Iterator[Piece]:
+    """What says `words`, all of them in `anyone`: the longest phrases that the speaker has, else another's word."""
+    while words:
+        piece = own.longest(words, rng) or anyone.longest(words[:1], rng)
+        assert piece is not None
+        yield piece
+        words = words[piece[2] - piece[1] :]
+
+
+def align(model: Model, store: FeatureStore, batch_frames: int = 8000) -> list[Place]:
+    """Every recording with words in `store` whose alignment can be found."""
+    copies: dict[tuple[str, str], dict[float, Clip]] = defaultdict(dict)
+    for clip in store.clips:
+        if clip.corpus != CORPUS:
+            copies[clip.corpus, clip.utterance_id][clip.speed] = clip
+    speakers: dict[str, int] = defaultdict(int)
+    for of in copies.values():
+        speakers[of[1.0].speaker] += len(of[1.0].text.split())
+    wanted = [of for of in copies.values() if speakers[of[1.0].speaker] >= MIN_SPEAKER_WORDS]
+    wanted.sort(key=lambda of: of[1.0].frames)
+    factor = model.config.subsampling
+    places: list[Place] = []
+    while wanted:
+        batch = wanted[-max(1, batch_frames // wanted[-1][1.0].frames) :]
+        del wanted[-len(batch) :]
+        features = [store.features(of[1.0]) for of in batch]
+        for of, mel, log_probs in zip(batch, features, offline_log_probs(model, features), strict=True):
+            tokens, words = of[1.0].tokens, tuple(of[1.0].text.split())
+            starts = [i for i, token in enumerate(tokens) if model.pieces[token].startswith("\u2581")]
+            spans = token_frames(log_probs, tokens) if len(starts) == len(words) else None
+            if spans:
+                places.append(Place(of, words, word_cuts(mel, spans, starts, factor, LATE_FRAMES)))
+    return places
+
+
+def splice(store: FeatureStore, pieces: Iterable[Piece], speed: float) -> np.ndarray:
+    """(F, M) float16 of the pieces, one after the other, with the mean spectrum of the first one's recording."""
+    parts: list[np.ndarray] = []
+    wanted: np.ndarray | None = None
+    for place, start, end in pieces:
+        mel = store.features(place.copies[speed]).astype(np.float32)
+        spectrum = mel.mean(axis=0)
+        wanted = spectrum if wanted is None else wanted
+        first, last = (round(place.cuts[word] / speed) for word in (start, end))
+        parts.append(mel[first:last] + (wanted - spectrum))
+    return np.concatenate(parts).astype(np.float16)
+
+
+def compose(
+    store: FeatureStore, voices: Mapping[str, Phrases], sentences: Sequence[str], hours: float, seed: int
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(speaker, text, features) of utterances that last `hours` together. Deterministic in `seed`.
+
+    Raises:
+        ConfigError: the speakers have said too few of the words.
+    """
+    rng = np.random.default_rng(seed)
+    anyone = Phrases([place for voice in voices.values() for place in voice.places])
+    speeds = sorted(anyone.places[0].copies)
+    names = sorted(voices)
+    shares = np.sqrt([voices[name].words for name in names])
+    frames_left = hours * 3600 * FRAMES_PER_SECOND
+    tried = made = 0
+    while frames_left > 0:
+        speaker = names[int(rng.choice(len(names), p=shares / shares.sum()))]
+        own = voices[speaker]
+        wanted = rng.uniform(*SECONDS) * FRAMES_PER_SECOND
+        speed = speeds[int(rng.integers(len(speeds)))]
+        at = int(rng.integers(len(sentences)))
+        words: list[str] = []
+        parts: list[np.ndarray] = []
+        frames = 0
+        while frames < wanted and at < len(sentences):
+            for stretch in stretches(sentences[at].split(), own, anyone):
+                part = splice(store, pieces_of(stretch, own, anyone, rng), speed)
+                if frames + len(part) > SECONDS[1] * FRAMES_PER_SECOND:
+                    wanted = frames
+                    break
+                words += stretch
+                parts.append(part)
+                frames += len(part)
+            at += 1
+            tried += 1
+            if tried > 10_000 * (made + 1):
+                raise ConfigError("the speakers of the recordings say too few of the text's words")
+        if frames >= SECONDS[0] * FRAMES_PER_SECOND:
+            made += 1
+            frames_left -= frames
+            yield speaker, " ".join(words), np.concatenate(parts)
+
+
+def write_corpus(out_dir: Path, made: Iterator[tuple[str, str, np.ndarray]]) -> tuple[int, float]:
+    """Shards of the corpus in `out_dir`, instead of earlier ones. Returns the number of utterances and their hours."""
+    for stale in [*out_dir.glob(f"{CORPUS}-*.json"), *out_dir.glob(f"{CORPUS}-*.npy")]:
+        stale.unlink()
+    clips: list[dict[str, object]] = []
+    parts: list[np.ndarray] = []
+    shards = total = frames = all_frames = 0
+
+    def close() -> None:
+        nonlocal shards, clips, parts, frames
+        if not parts:
+            return
+        stem = f"{CORPUS}-{shards:04d}-x100"
+        features = np.concatenate(parts)
+        index = {"format": 1, "corpus": CORPUS, "speed": 1.0, "frames": frames, "num_mels": features.shape[1]}
+        write_atomically(out_dir / f"{stem}.npy", features)
+        write_atomically(out_dir / f"{stem}.json", json.dumps({**index, "clips": clips}).encode())
+        shards, clips, parts, frames = shards + 1, [], [], 0
+
+    for speaker, text, features in made:
+        if frames + len(features) > SHARD_FRAMES:
+            close()
+        clip = {"id": f"{CORPUS}-{total:06d}", "speaker": speaker, "text": text, "start": frames}
+        clips.append({**clip, "frames": len(features)})
+        parts.append(features)
+        frames += len(features)
+        all_frames += len(features)
+        total += 1
+    close()
+    return total, all_frames / FRAMES_PER_SECOND / 3600
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Splice training utterances from words of the recordings.")
+    parser.add_argument("--data", type=Path, required=True, help="what prepare wrote; shards are added to its train")
+    parser.add_argument("--text", type=Path, required=True, help="sentences, one per line, plain or .xz")
+    parser.add_argument("--hours", type=float, default=20.0)
+    parser.add_argument("--model", type=Path, help="model file that finds the words (default: the bundled one)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        sentences = read_sentences(options.text)
+        model = load(options.model)
+        store = FeatureStore(options.data / "train", model.tokenizer)
+        by_speaker: dict[str, list[Place]] = defaultdict(list)
+        for place in align(model, store):
+            by_speaker[place.copies[1.0].speaker].append(place)
+        voices = {speaker: Phrases(places) for speaker, places in by_speaker.items()}
+        if not voices:
+            raise ConfigError(f"no speaker in {options.data} says {MIN_SPEAKER_WORDS} words or more")
+        total, hours = write_corpus(
+            options.data / "train", compose(store, voices, sentences, options.hours, options.seed)
+        )
+    except AsrExitError as error:
+        sys.exit(f"splice: {error}")
+    except OSError as error:
+        sys.exit(f"splice: cannot write below {options.data}: {error.strerror or error}")
+    print(f"{total} utterances, {hours:.2f} h, of {len(voices)} speakers")
+
+
+if __name__ == "__main__":
+    main()
