@@ -153,7 +153,8 @@ class Encoder(nn.Module):
             chunk_frames: chunk grid of attention and convolution; None = full context.
             left_frames: keys visible before the chunk; default from the configuration.
             num_segments: run only the first segments. chunk_depth: (B, chunks) in 1..num_segments, segments that each
-                chunk runs; deeper layers see what `fill` ("propagate" or "hole") leaves them in serving.
+                chunk runs; deeper layers see what `fill` ("propagate", "hole", or "catch_up": the chunk itself) leaves
+                them in serving.
         """
         factor = self.config.subsampling
         padded = -(-features.shape[1] // factor) * factor
@@ -181,7 +182,7 @@ class Encoder(nn.Module):
                 )
                 mask = additive(visible(positions.expand_as(keys), keys, chunk_frames, left), x.dtype)
                 context = FrameContext(cos, sin, mask, chunk_frames, valid[..., None].to(x.dtype))
-            gate = None if depth is None else (depth > index).to(x.dtype)
+            gate = None if depth is None or fill == "catch_up" else (depth > index).to(x.dtype)
             x, exit_logits = segment(x, context, gate=gate, hole=hole)
             if depth is None:
                 logits.append(exit_logits)

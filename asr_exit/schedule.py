@@ -55,7 +55,7 @@ class TrainConfig:
     chunk_weights: tuple[tuple[int, float], ...] = ((2, 1.0), (4, 2.0), (8, 5.0), (16, 2.0), (0, 1.0))
     left_weights: tuple[tuple[int, float], ...] = ()  # likewise for the left context; empty: always the model's
     random_depth_probability: float = 0.25  # of batches that run all segments
-    random_depth_fill: str = "propagate"  # what skipped layers see, as in serving; or "hole"
+    random_depth_fill: str = "propagate"  # what skipped layers see, as in serving; or "hole", "catch_up"
     exit_weights: tuple[float, ...] = ()  # of the exits' losses, shallow to deep; empty: equal
     consistency_weight: float = 0.0  # CR-CTC, arXiv 2410.05101; above 0 every utterance comes in two views
     distillation_weight: float = 0.0  # of the deepest exit into all others
@@ -94,7 +94,8 @@ class TrainConfig:
             all(0 <= frames <= longest for frames, _ in self.left_weights),
             f"left contexts must be 0 to {longest} frames, what the model keeps when streaming",
         )
-        require(self.random_depth_fill in ("propagate", "hole"), "random_depth_fill must be propagate or hole")
+        fills = ("propagate", "hole", "catch_up")
+        require(self.random_depth_fill in fills, f"random_depth_fill must be one of {', '.join(fills)}")
         require(
             len(self.exit_weights) in (0, self.model.num_exits) and all(weight > 0 for weight in self.exit_weights),
             f"exit_weights must be {self.model.num_exits} positive numbers, or none",

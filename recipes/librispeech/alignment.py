@@ -5,16 +5,20 @@ Shapes: T encoder frames, V vocabulary, S = 2 N + 1 states of N tokens with blan
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from asr_exit.checkpoint import Model
-from asr_exit.tokenizer import BLANK_ID
+from asr_exit.tokenizer import BLANK_ID, WORD_START
 
 EDGE_FRAMES = 25  # feature frames kept before the first and after the last token, at most
 
 
-def token_frames(log_probs: np.ndarray, tokens: tuple[int, ...]) -> list[tuple[int, int]] | None:
+def token_frames(log_probs: np.ndarray, tokens: Sequence[int]) -> list[tuple[int, int]] | None:
     """First and last frame of every token on the likeliest CTC path (Viterbi).
 
     Args:
@@ -51,35 +55,70 @@ def token_frames(log_probs: np.ndarray, tokens: tuple[int, ...]) -> list[tuple[i
     return [(first, last) for first, last in spans]
 
 
-def word_cuts(
-    features: np.ndarray, spans: list[tuple[int, int]], word_starts: list[int], frames_per_token: int, shift: int = 0
-) -> np.ndarray:
-    """Feature frames at which the words of an utterance are cut apart.
+@dataclass(frozen=True)
+class Aligned:
+    """A recording and where the model shows its words."""
 
-    Between the last token of a word and the first of the next lies the cut, at the quietest place.
+    features: np.ndarray  # (F, M) log-mel
+    words: tuple[tuple[int, int], ...]  # encoder frames of each word's first and last token
 
-    Args:
-        features: (F, M) log-mel. spans: encoder frames of the tokens. word_starts: number of each word's first token.
-        frames_per_token: feature frames of an encoder frame. shift: feature frames by which tokens are seen late.
-    Returns:
-        (words + 1,) rising; word i is `features[cuts[i] : cuts[i + 1]]`.
-    """
-    loudness = np.convolve(features.mean(axis=1, dtype=np.float64), np.ones(3) / 3, mode="same")
+    def cuts(self, frames_per_token: int, late: int) -> np.ndarray:
+        """Feature frames that cut the words apart: between two of them, at the quietest place.
 
-    def centre(frame: int) -> int:
-        return int(np.clip(frame * frames_per_token + frames_per_token // 2 - shift, 0, len(features) - 1))
+        Args:
+            frames_per_token: feature frames of an encoder frame. late: feature frames by which tokens show too late.
+        Returns:
+            (words + 1,) rising; word i is `features[cuts[i] : cuts[i + 1]]`.
+        """
+        loudness, end = _loudness(self.features), len(self.features)
 
-    cuts = [max(0, centre(spans[0][0]) - EDGE_FRAMES)]
-    for start in word_starts[1:]:
-        low = max(cuts[-1] + 1, centre(spans[start - 1][1]))
-        high = max(low + 1, centre(spans[start][0]))
-        cuts.append(low + int(loudness[low:high].argmin()) if low < len(features) else low)
-    cuts.append(max(cuts[-1] + 1, min(len(features), centre(spans[-1][1]) + EDGE_FRAMES)))
-    return np.array(cuts)
+        def centre(frame: int) -> int:
+            return min(max(frame * frames_per_token + frames_per_token // 2 - late, 0), end - 1)
+
+        cuts = [max(0, centre(self.words[0][0]) - EDGE_FRAMES)]
+        for (_, last), (first, _) in itertools.pairwise(self.words):
+            low = max(cuts[-1] + 1, centre(last))
+            high = max(low + 1, centre(first))
+            cuts.append(low + int(loudness[low:high].argmin()) if low < end else low)
+        cuts.append(max(cuts[-1] + 1, min(end, centre(self.words[-1][1]) + EDGE_FRAMES)))
+        return np.array(cuts)
+
+
+def _loudness(features: np.ndarray) -> np.ndarray:
+    return np.convolve(features.mean(axis=1, dtype=np.float64), np.ones(3) / 3, mode="same")
+
+
+def lateness(recordings: Sequence[Aligned], frames_per_token: int) -> int:
+    """Feature frames by which a model shows its tokens too late: those with which the cuts are quietest on average."""
+
+    def loudness_of_cuts(late: int) -> float:
+        total, count = 0.0, 0
+        for recording in recordings:
+            loudness = _loudness(recording.features)
+            cuts = recording.cuts(frames_per_token, late)[1:-1]
+            cuts = cuts[cuts < len(loudness)]
+            total += float((loudness[cuts] - loudness.mean()).sum())
+            count += len(cuts)
+        return total / max(1, count)
+
+    return min(range(0, 2 * frames_per_token + 1, 2), key=loudness_of_cuts)
+
+
+def align(model: Model, features: Sequence[np.ndarray], texts: Sequence[str]) -> list[Aligned | None]:
+    """The words of a batch of recordings, (F, M) log-mel each; None where the model cannot place the text."""
+    found: list[Aligned | None] = []
+    for mel, text, log_probs in zip(features, texts, offline_log_probs(model, features), strict=True):
+        tokens = model.tokenizer.encode(text)
+        starts = [i for i, token in enumerate(tokens) if model.pieces[token].startswith(WORD_START)]
+        spans = token_frames(log_probs, tokens) if len(starts) == len(text.split()) else None
+        ends = [*starts[1:], len(tokens)]
+        words = spans and tuple((spans[i][0], spans[j - 1][1]) for i, j in zip(starts, ends, strict=True))
+        found.append(Aligned(mel, words) if words else None)
+    return found
 
 
 @torch.inference_mode()
-def offline_log_probs(model: Model, features: list[np.ndarray]) -> list[np.ndarray]:
+def offline_log_probs(model: Model, features: Sequence[np.ndarray]) -> list[np.ndarray]:
     """(T, V) log-posteriors of the last exit for each (F, M) of a batch, with the whole recordings in view."""
     lengths = torch.tensor([len(item) for item in features])
     padded = torch.zeros(len(features), int(lengths.max()), features[0].shape[1])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from asr_exit.checkpoint import Model, load
 from asr_exit.data import FRAMES_PER_SECOND, Clip, FeatureStore
 from asr_exit.errors import AsrExitError, ConfigError
-from recipes.librispeech.alignment import offline_log_probs, token_frames, word_cuts
+from recipes.librispeech.alignment import Aligned, align, lateness
 from recipes.librispeech.shards import SHARD_FRAMES, write_atomically
 from recipes.librispeech.synthesize import read_sentences
 
@@ -34,9 +34,7 @@ CORPUS = "spliced"
 MIN_WORDS = 5  # of a stretch of text
 OWN_SHARE = 0.75  # of the words of a stretch that the speaker has said; the others are borrowed
 MAX_PHRASE = 4  # words taken from one place
-MIN_SPEAKER_WORDS = 600
 SECONDS = (3.0, 15.0)  # of an utterance
-LATE_FRAMES = 9  # feature frames by which a model with chunks shows its tokens after they were said
 
 
 @dataclass(frozen=True)
@@ -96,30 +94,37 @@ def pieces_of(words: tuple[str, ...], own: Phrases, anyone: Phrases, rng: np.ran
         words = words[piece[2] - piece[1] :]
 
 
-def align(model: Model, store: FeatureStore, batch_frames: int = 8000) -> list[Place]:
-    """Every recording with words in `store` whose alignment can be found."""
+def find_words(model: Model, store: FeatureStore, min_words: int, batch_frames: int = 8000) -> dict[str, Phrases]:
+    """The words of every speaker with at least `min_words`, by speaker.
+
+    Raises:
+        ConfigError: there is none.
+    """
     copies: dict[tuple[str, str], dict[float, Clip]] = defaultdict(dict)
     for clip in store.clips:
         if clip.corpus != CORPUS:
             copies[clip.corpus, clip.utterance_id][clip.speed] = clip
-    speakers: dict[str, int] = defaultdict(int)
+    spoken: Counter[str] = Counter()
     for of in copies.values():
-        speakers[of[1.0].speaker] += len(of[1.0].text.split())
-    wanted = [of for of in copies.values() if speakers[of[1.0].speaker] >= MIN_SPEAKER_WORDS]
-    wanted.sort(key=lambda of: of[1.0].frames)
+        spoken[of[1.0].speaker] += len(of[1.0].text.split())
+    waiting = [of for of in copies.values() if spoken[of[1.0].speaker] >= min_words]
+    waiting.sort(key=lambda of: of[1.0].frames)
+    found: list[tuple[dict[float, Clip], Aligned]] = []
+    while waiting:
+        batch = waiting[-max(1, batch_frames // waiting[-1][1.0].frames) :]
+        del waiting[-len(batch) :]
+        aligned = align(model, [store.features(of[1.0]) for of in batch], [of[1.0].text for of in batch])
+        found += [(of, item) for of, item in zip(batch, aligned, strict=True) if item is not None]
+    if not found:
+        raise ConfigError(
+            f"no speaker with {min_words} words that the model finds in the recordings; lower --min-words"
+        )
     factor = model.config.subsampling
-    places: list[Place] = []
-    while wanted:
-        batch = wanted[-max(1, batch_frames // wanted[-1][1.0].frames) :]
-        del wanted[-len(batch) :]
-        features = [store.features(of[1.0]) for of in batch]
-        for of, mel, log_probs in zip(batch, features, offline_log_probs(model, features), strict=True):
-            tokens, words = of[1.0].tokens, tuple(of[1.0].text.split())
-            starts = [i for i, token in enumerate(tokens) if model.pieces[token].startswith("\u2581")]
-            spans = token_frames(log_probs, tokens) if len(starts) == len(words) else None
-            if spans:
-                places.append(Place(of, words, word_cuts(mel, spans, starts, factor, LATE_FRAMES)))
-    return places
+    late = lateness([item for _, item in found[:: max(1, len(found) // 200)]], factor)
+    by_speaker: dict[str, list[Place]] = defaultdict(list)
+    for of, item in found:
+        by_speaker[of[1.0].speaker].append(Place(of, tuple(of[1.0].text.split()), item.cuts(factor, late)))
+    return {speaker: Phrases(places) for speaker, places in by_speaker.items()}
 
 
 def splice(store: FeatureStore, pieces: Iterable[Piece], speed: float) -> np.ndarray:
@@ -217,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, required=True, help="sentences, one per line, plain or .xz")
     parser.add_argument("--hours", type=float, default=20.0)
     parser.add_argument("--model", type=Path, help="model file that finds the words (default: the bundled one)")
+    parser.add_argument("--min-words", type=int, default=600, help="of a speaker, to be spliced from (default: 600)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
@@ -225,15 +231,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sentences = read_sentences(options.text)
         model = load(options.model)
         store = FeatureStore(options.data / "train", model.tokenizer)
-        by_speaker: dict[str, list[Place]] = defaultdict(list)
-        for place in align(model, store):
-            by_speaker[place.copies[1.0].speaker].append(place)
-        voices = {speaker: Phrases(places) for speaker, places in by_speaker.items()}
-        if not voices:
-            raise ConfigError(f"no speaker in {options.data} says {MIN_SPEAKER_WORDS} words or more")
-        total, hours = write_corpus(
-            options.data / "train", compose(store, voices, sentences, options.hours, options.seed)
-        )
+        voices = find_words(model, store, options.min_words)
+        made = compose(store, voices, sentences, options.hours, options.seed)
+        total, hours = write_corpus(options.data / "train", made)
+        about = options.data / "data.json"
+        description = json.loads(about.read_text(encoding="utf-8"))
+        description["train"][CORPUS] = {"clips": total, "hours": round(hours, 3), "skipped": {}}
+        write_atomically(about, json.dumps(description, indent=1).encode())
     except AsrExitError as error:
         sys.exit(f"splice: {error}")
     except OSError as error:

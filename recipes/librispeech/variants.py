@@ -79,6 +79,7 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
     "sorted training": _set(shallow_probability=0.5),
     "random depth (propagate)": _set(random_depth_probability=0.25),
     "random depth (hole)": _set(random_depth_probability=0.25, random_depth_fill="hole"),
+    "random depth (catch_up)": _set(random_depth_probability=0.25, random_depth_fill="catch_up"),
     "4x subsampling": lambda c: _model(
         dataclasses.replace(c, chunk_weights=((16, 1.0),)), subsampling=4, left_context_frames=128, max_chunk_frames=32
     ),
