@@ -34,6 +34,7 @@ from asr_exit.errors import CheckpointError
 
 FORMAT = "asr-exit-lm/1"
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
+BUNDLED = "bundled"  # what users call the one in the package
 _CACHE = 1 << 16
 _AFTER_ALL = "\U0010ffff"
 
@@ -174,14 +175,16 @@ def _check(words: Sequence[str], levels: Sequence[Level]) -> None:
 
 
 def load_ngram_model(path: Path | str) -> NgramModel:
-    """Map a file that `NgramModel.save` wrote, or read an ARPA file (plain or .gz).
+    """Map a file that `NgramModel.save` wrote, or read an ARPA file (plain or .gz); "bundled": the package's own.
 
     Raises:
         CheckpointError: no such file, or neither of the two, or damaged.
     """
-    path = Path(path)
+    path = Path(__file__).with_name("assets") / "language_model.bin" if str(path) == BUNDLED else Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no language model at {path}; build one with python -m recipes.librispeech.lm")
+        raise CheckpointError(
+            f"no language model at {path}; build one with python -m recipes.librispeech.lm, or take {BUNDLED!r}"
+        )
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"\x1f\x8b" or path.name.endswith((".arpa", ".arpa.gz")):

@@ -109,7 +109,7 @@ class StreamDefaults:
 class LanguageModelConfig:
     """An n-gram model that ranks the hypotheses of the beam decoder. A request may change its weight; 0 is without."""
 
-    path: str = ""  # a file of recipes.librispeech.lm, or .arpa or .arpa.gz; empty: no language model, greedy decoding
+    path: str = ""  # `bundled`, a file of recipes.librispeech.lm, or .arpa(.gz); empty: none, greedy decoding
     weight: float = 0.5  # of its log-probabilities against the acoustics'
     word_bonus: float = 1.0  # added for each word, against the preference for few words
     unknown_penalty: float = 15.0  # taken off for a word that the model does not know

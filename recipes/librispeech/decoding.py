@@ -19,7 +19,7 @@ from asr_exit.words import Word, words_from_tokens
 
 def add_language_model_options(parser: argparse.ArgumentParser) -> None:
     """--lm, --lm-weight, --lm-word-bonus, --lm-unknown-penalty, --beam-size."""
-    parser.add_argument("--lm", type=Path, help="n-gram language model; needs the beam")
+    parser.add_argument("--lm", type=Path, help="n-gram language model, a file or `bundled`; needs the beam")
     parser.add_argument("--lm-weight", type=float, default=LanguageModel.weight)
     parser.add_argument("--lm-word-bonus", type=float, default=LanguageModel.word_bonus)
     parser.add_argument("--lm-unknown-penalty", type=float, default=LanguageModel.unknown_penalty)

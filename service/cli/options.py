@@ -80,7 +80,9 @@ def add_decoder_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--beam-size", type=int, metavar="N", help="hypotheses of the beam (default: 8)")
     parser.add_argument(
-        "--lm", metavar="FILE", help="n-gram language model: of recipes.librispeech.lm, or .arpa or .arpa.gz"
+        "--lm",
+        metavar="FILE",
+        help="n-gram language model: `bundled`, or a file of recipes.librispeech.lm, .arpa or .arpa.gz",
     )
     for name, meaning in (
         ("weight", "of its log-probabilities against the acoustics'"),

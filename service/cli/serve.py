@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-client-ca", metavar="PEM", help="mutual TLS: whose clients may connect")
     parser.add_argument("--tokens", metavar="FILE", help="ask every call for one of the tokens in FILE, one a line")
     parser.add_argument("--model", metavar="FILE", help="model file (default: the bundled one)")
-    parser.add_argument("--lm", metavar="FILE", help="language model for all streams (default: none)")
+    parser.add_argument(
+        "--lm", metavar="FILE", help="language model for all streams: a file, or `bundled` (default: none)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: auto")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each engine (default: 1)")
     parser.add_argument("--workers", type=int, metavar="N", help="engines, one a core to use (default: 1)")

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import soundfile
 
+import asr_exit
 from asr_exit.arpa import read_arpa
 from asr_exit.checkpoint import Model
 from asr_exit.errors import CheckpointError, ConfigError
 from asr_exit.fusion import LanguageModel
+from asr_exit.metrics import word_errors
 from asr_exit.recognizer import Recognizer
 from asr_exit.stream import Fill, StreamOptions
+from asr_exit.tokenizer import normalise
 from service.background import BackgroundServer
 from service.cli.main import main
 from service.client import ServiceError, SpeechClient, StreamSettings
@@ -117,6 +120,16 @@ def test_transcribe_and_evaluate_take_one(
         assert main([*listed, *common, *extra]) == 0
         errors.append(json.loads(capsys.readouterr().out)["rows"][0]["wer"])
     assert errors[0] > errors[1] == 0.0
+
+
+def test_the_bundled_one_helps_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
+    sample = Path(asr_exit.__file__).parent / "assets" / "sample.flac"
+    reference = normalise(sample.with_suffix(".txt").read_text())
+    errors = []
+    for extra in ([], ["--lm", "bundled"]):
+        assert main(["transcribe", str(sample), "--device", "cpu", "--policy", "exit:2", *extra]) == 0
+        errors.append(word_errors(reference, capsys.readouterr().out.strip()).errors)
+    assert errors[1] < errors[0]
 
 
 def test_options_that_do_not_fit_are_refused(arpa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

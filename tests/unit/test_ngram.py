@@ -89,6 +89,15 @@ def test_damaged_arpa_files_are_refused(change, message: str, tmp_path: Path) ->
         load_ngram_model(tmp_path / "bad.arpa")
 
 
+def test_the_bundled_model_knows_english() -> None:
+    model = load_ngram_model("bundled")
+    assert model.order == 3
+    assert {"books_normalised.txt.xz", "librispeech_train_word_counts.txt.gz"} == set(model.provenance["sources"])
+    words = ["there", "was", "a", "man", "at", "the", "door"]
+    assert model.sentence_log_prob(words) > model.sentence_log_prob(words[::-1]) + 10
+    assert model.index("captain") != model.unknown == model.index("qwzx")
+
+
 def test_damaged_packed_files_are_refused(model: NgramModel, tmp_path: Path) -> None:
     path = tmp_path / "lm.bin"
     with pytest.raises(CheckpointError, match="no language model at"):
