@@ -10,7 +10,7 @@ from asr_exit.config import ModelConfig
 from asr_exit.schedule import Stage, TrainConfig
 
 LIBRISPEECH_MODEL = ModelConfig()
-CORPUS_SHARES = (("speechocean762", 0.6), ("synthetic", 0.4), ("an4", 0.5))
+CORPUS_SHARES = (("speechocean762", 0.6), ("synthetic", 0.4), ("an4", 0.5), ("spliced", 0.4))
 
 
 def tiny() -> TrainConfig:
@@ -103,7 +103,6 @@ def spliced() -> TrainConfig:
         name="spliced",
         minutes=60.0,
         stages=(Stage(1.0, 6, 110.0, 17.0, True, 1.5e-3),),
-        corpus_shares=(*CORPUS_SHARES, ("spliced", 0.4)),
     )
 
 

@@ -9,8 +9,8 @@ from asr_exit.augment import AugmentConfig
 from asr_exit.schedule import Stage, TrainConfig
 from recipes.librispeech.configs import local
 
-# what `prepare` adds to the recordings
-SYNTHETIC, OTHER_CORPORA = "synthetic", ("speechocean762", "an4")
+# what `prepare` and `splice` add to the recordings
+SYNTHETIC, SPLICED = "synthetic", "spliced"
 
 
 def _model(config: TrainConfig, **changes: object) -> TrainConfig:
@@ -41,7 +41,7 @@ def plain(hours: float, layers: int = 12) -> TrainConfig:
         name="plain",
         model=dataclasses.replace(base.model, self_conditioning=False, conv_lookahead=False),
         augment=nothing,
-        corpus_shares=((SYNTHETIC, 0.0),),
+        corpus_shares=((SYNTHETIC, 0.0), (SPLICED, 0.0)),
         speeds=(1.0,),
         chunk_weights=((8, 1.0),),
         shallow_probability=0.0,
@@ -62,7 +62,8 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
     "time warp": lambda c: _augment(c, time_warp=0.15),
     "noise": lambda c: _augment(c, noise_probability=0.2),
     "reverberation": lambda c: _augment(c, room_probability=0.2),
-    "synthetic speech": _set(corpus_shares=()),
+    "synthetic speech": _set(corpus_shares=((SPLICED, 0.0),)),
+    "spliced speech": _set(corpus_shares=((SYNTHETIC, 0.0), (SPLICED, 0.4))),
     "exit weights (deep)": lambda c: dataclasses.replace(c, exit_weights=(*_ones(c)[:-1], 3.0)),
     "exit weights (shallow)": lambda c: dataclasses.replace(c, exit_weights=(3.0, *_ones(c)[1:])),
     "CR-CTC": lambda c: _augment(
@@ -123,8 +124,11 @@ def dedicated(base: TrainConfig, layers: int) -> TrainConfig:
 def variants(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
     """Every row of the table, in order, at equal hours of audio seen; dedicated models of 2, half and all layers."""
     baseline = plain(hours, layers)
-    everything = short(local(), layers, hours)
+    with_spliced = short(local(), layers, hours)
+    shares = {**dict(with_spliced.corpus_shares), SPLICED: 0.0}
+    everything = dataclasses.replace(with_spliced, corpus_shares=tuple(shares.items()))
     rows = {"plain": baseline, **{name: change(baseline) for name, change in METHODS.items()}, "local": everything}
     rows["local with CR-CTC"] = METHODS["CR-CTC"](everything)
+    rows["local with CR-CTC and spliced speech"] = METHODS["CR-CTC"](with_spliced)
     rows |= {f"dedicated {n} layers": dedicated(everything, n) for n in sorted({2, layers // 2, layers})}
     return {name: dataclasses.replace(config, name=name) for name, config in rows.items()}
