@@ -29,9 +29,9 @@ class LanguageModel:
     """
 
     model: NgramModel
-    weight: float = 0.5
+    weight: float = 0.4
     word_bonus: float = 1.0
-    unknown_penalty: float = 15.0
+    unknown_penalty: float = 20.0
 
     def __post_init__(self) -> None:
         require(0 <= self.weight <= 5, f"language model weight {self.weight:g} must be 0 to 5")

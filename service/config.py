@@ -110,9 +110,9 @@ class LanguageModelConfig:
     """An n-gram model that ranks the hypotheses of the beam decoder. A request may change its weight; 0 is without."""
 
     path: str = ""  # `bundled`, a file of recipes.librispeech.lm, or .arpa(.gz); empty: none, greedy decoding
-    weight: float = 0.5  # of its log-probabilities against the acoustics'
+    weight: float = 0.4  # of its log-probabilities against the acoustics'
     word_bonus: float = 1.0  # added for each word, against the preference for few words
-    unknown_penalty: float = 15.0  # taken off for a word that the model does not know
+    unknown_penalty: float = 20.0  # taken off for a word that the model does not know
     beam_size: int = 8
 
     def __post_init__(self) -> None:
