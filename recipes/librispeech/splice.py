@@ -29,8 +29,8 @@ from asr_exit.errors import AsrExitError, ConfigError
 from recipes.librispeech.alignment import Aligned, align, lateness
 from recipes.librispeech.shards import SHARD_FRAMES, write_atomically
 from recipes.librispeech.synthesize import read_sentences
+from recipes.librispeech.variants import SPLICED, SYNTHETIC
 
-CORPUS = "spliced"
 MIN_WORDS = 5  # of a stretch of text
 OWN_SHARE = 0.75  # of the words of a stretch that the speaker has said; the others are borrowed
 MAX_PHRASE = 4  # words taken from one place
@@ -102,7 +102,7 @@ def find_words(model: Model, store: FeatureStore, min_words: int, batch_frames: 
     """
     copies: dict[tuple[str, str], dict[float, Clip]] = defaultdict(dict)
     for clip in store.clips:
-        if clip.corpus != CORPUS:
+        if clip.corpus not in (SPLICED, SYNTHETIC):  # voices of people only
             copies[clip.corpus, clip.utterance_id][clip.speed] = clip
     spoken: Counter[str] = Counter()
     for of in copies.values():
@@ -185,7 +185,7 @@ def compose(
 
 def write_corpus(out_dir: Path, made: Iterator[tuple[str, str, np.ndarray]]) -> tuple[int, float]:
     """Shards of the corpus in `out_dir`, instead of earlier ones. Returns the number of utterances and their hours."""
-    for stale in [*out_dir.glob(f"{CORPUS}-*.json"), *out_dir.glob(f"{CORPUS}-*.npy")]:
+    for stale in [*out_dir.glob(f"{SPLICED}-*.json"), *out_dir.glob(f"{SPLICED}-*.npy")]:
         stale.unlink()
     clips: list[dict[str, object]] = []
     parts: list[np.ndarray] = []
@@ -195,9 +195,9 @@ def write_corpus(out_dir: Path, made: Iterator[tuple[str, str, np.ndarray]]) -> 
         nonlocal shards, clips, parts, frames
         if not parts:
             return
-        stem = f"{CORPUS}-{shards:04d}-x100"
+        stem = f"{SPLICED}-{shards:04d}-x100"
         features = np.concatenate(parts)
-        index = {"format": 1, "corpus": CORPUS, "speed": 1.0, "frames": frames, "num_mels": features.shape[1]}
+        index = {"format": 1, "corpus": SPLICED, "speed": 1.0, "frames": frames, "num_mels": features.shape[1]}
         write_atomically(out_dir / f"{stem}.npy", features)
         write_atomically(out_dir / f"{stem}.json", json.dumps({**index, "clips": clips}).encode())
         shards, clips, parts, frames = shards + 1, [], [], 0
@@ -205,7 +205,7 @@ def write_corpus(out_dir: Path, made: Iterator[tuple[str, str, np.ndarray]]) -> 
     for speaker, text, features in made:
         if frames + len(features) > SHARD_FRAMES:
             close()
-        clip = {"id": f"{CORPUS}-{total:06d}", "speaker": speaker, "text": text, "start": frames}
+        clip = {"id": f"{SPLICED}-{total:06d}", "speaker": speaker, "text": text, "start": frames}
         clips.append({**clip, "frames": len(features)})
         parts.append(features)
         frames += len(features)
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         total, hours = write_corpus(options.data / "train", made)
         about = options.data / "data.json"
         description = json.loads(about.read_text(encoding="utf-8"))
-        description["train"][CORPUS] = {"clips": total, "hours": round(hours, 3), "skipped": {}}
+        description["train"][SPLICED] = {"clips": total, "hours": round(hours, 3), "skipped": {}}
         write_atomically(about, json.dumps(description, indent=1).encode())
     except AsrExitError as error:
         sys.exit(f"splice: {error}")
