@@ -106,6 +106,19 @@ def spliced() -> TrainConfig:
     )
 
 
+def hardened() -> TrainConfig:
+    """More of `spliced` with `--start-from MODEL`: more noise, down to 0 dB, and a learning rate that falls sooner."""
+    return dataclasses.replace(
+        spliced(),
+        name="hardened",
+        minutes=70.0,
+        seed=2,
+        stages=(Stage(1.0, 6, 110.0, 17.0, True, 1.2e-3),),
+        decay_from=0.15,
+        augment=dataclasses.replace(spliced().augment, noise_probability=0.25, noise_snr_db=(0.0, 25.0)),
+    )
+
+
 def clean100() -> TrainConfig:
     """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
     return TrainConfig(
@@ -131,5 +144,5 @@ def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[
 
 
 CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
-    f.__name__: f for f in (tiny, mini5, local, continued, deepened, spliced, clean100, full960)
+    f.__name__: f for f in (tiny, mini5, local, continued, deepened, spliced, hardened, clean100, full960)
 }
