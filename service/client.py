@@ -11,10 +11,13 @@ import grpc
 
 from asr_exit.audio import Encoding
 from asr_exit.budget import Budget
+from service.client_status import ServersEnd, ServiceError, service_error
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
 from service.results import Caption, CaptionWord, ChunkDepth
 from service.tls import channel_credentials
+
+__all__ = ["Access", "AsyncSpeechClient", "Caption", "Flush", "Part", "ServiceError", "SpeechClient", "StreamSettings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +36,6 @@ _ENCODINGS = {
     "any": pb.StreamingConfig.ENCODING_UNSPECIFIED,
 }
 _OPTIONS = [("grpc.max_send_message_length", -1)]
-
-
-class ServiceError(Exception):
-    """The server ended a call: `code` is the name of the gRPC status, the message says what to change."""
-
-    def __init__(self, code: str, message: str, retry_after_ms: int | None = None) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
-        self.retry_after_ms = retry_after_ms  # the server's hint, where it gave one
 
 
 @dataclass(frozen=True)
@@ -140,7 +133,7 @@ class SpeechClient:
         try:
             return self._stub.GetModel(pb.GetModelRequest(), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise _service_error(error) from None
+            raise service_error(error) from None
 
     def stream(self, audio: Iterable[Part], settings: StreamSettings | None = None) -> Iterator[Caption]:
         """Sends `audio` (consumed on another thread) and yields captions as they come.
@@ -169,7 +162,7 @@ class SpeechClient:
         except grpc.RpcError as error:
             if failures:
                 raise failures[0] from None
-            raise _service_error(error) from None
+            raise service_error(error) from None
         finally:
             call.cancel()
 
@@ -212,12 +205,14 @@ class AsyncSpeechClient:
                 yield part_message(part)
 
         call = self._stub.StreamingRecognize(requests(), metadata=self._metadata)
+        end = ServersEnd(call)
         try:
             async for response in call:
                 for caption in captions(response):
                     yield caption
         except grpc.RpcError as error:
-            raise _service_error(error) from None
+            if (failure := await end.failure(error)) is not None:
+                raise failure from None
         finally:
             call.cancel()
 
@@ -276,9 +271,3 @@ def captions(response: pb.StreamingRecognizeResponse) -> Iterator[Caption]:
 
 def _ms(value: object) -> float:
     return value.seconds * 1000 + value.nanos / 1e6  # type: ignore[attr-defined]
-
-
-def _service_error(error: grpc.RpcError) -> ServiceError:
-    metadata = dict(error.trailing_metadata() or ())
-    hint = metadata.get("retry-after-ms")
-    return ServiceError(error.code().name, error.details() or "no details", int(hint) if hint else None)
