@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,10 +105,11 @@ def find_words(model: Model, store: FeatureStore, min_words: int, batch_frames: 
     for clip in store.clips:
         if clip.corpus not in (SPLICED, SYNTHETIC):  # voices of people only
             copies[clip.corpus, clip.utterance_id][clip.speed] = clip
+    whole = [of for of in copies.values() if 1.0 in of]
     spoken: Counter[str] = Counter()
-    for of in copies.values():
+    for of in whole:
         spoken[of[1.0].speaker] += len(of[1.0].text.split())
-    waiting = [of for of in copies.values() if spoken[of[1.0].speaker] >= min_words]
+    waiting = [of for of in whole if spoken[of[1.0].speaker] >= min_words]
     waiting.sort(key=lambda of: of[1.0].frames)
     found: list[tuple[dict[float, Clip], Aligned]] = []
     while waiting:
@@ -150,7 +152,7 @@ def compose(
     """
     rng = np.random.default_rng(seed)
     anyone = Phrases([place for voice in voices.values() for place in voice.places])
-    speeds = sorted(anyone.places[0].copies)
+    speeds = sorted(set.intersection(*(set(place.copies) for place in anyone.places)))
     names = sorted(voices)
     shares = np.sqrt([voices[name].words for name in names])
     frames_left = hours * 3600 * FRAMES_PER_SECOND
@@ -184,34 +186,43 @@ def compose(
 
 
 def write_corpus(out_dir: Path, made: Iterator[tuple[str, str, np.ndarray]]) -> tuple[int, float]:
-    """Shards of the corpus in `out_dir`, instead of earlier ones. Returns the number of utterances and their hours."""
-    for stale in [*out_dir.glob(f"{SPLICED}-*.json"), *out_dir.glob(f"{SPLICED}-*.npy")]:
-        stale.unlink()
+    """Shards of the corpus in `out_dir`, instead of earlier ones, which stay until all of these are written.
+
+    Returns the number of utterances and their hours.
+    """
     clips: list[dict[str, object]] = []
     parts: list[np.ndarray] = []
-    shards = total = frames = all_frames = 0
+    indexes: dict[str, bytes] = {}
+    total = frames = all_frames = 0
 
-    def close() -> None:
-        nonlocal shards, clips, parts, frames
-        if not parts:
-            return
-        stem = f"{SPLICED}-{shards:04d}-x100"
-        features = np.concatenate(parts)
-        index = {"format": 1, "corpus": SPLICED, "speed": 1.0, "frames": frames, "num_mels": features.shape[1]}
-        write_atomically(out_dir / f"{stem}.npy", features)
-        write_atomically(out_dir / f"{stem}.json", json.dumps({**index, "clips": clips}).encode())
-        shards, clips, parts, frames = shards + 1, [], [], 0
+    with tempfile.TemporaryDirectory(prefix=f".{SPLICED}-", dir=out_dir) as waiting:
 
-    for speaker, text, features in made:
-        if frames + len(features) > SHARD_FRAMES:
-            close()
-        clip = {"id": f"{SPLICED}-{total:06d}", "speaker": speaker, "text": text, "start": frames}
-        clips.append({**clip, "frames": len(features)})
-        parts.append(features)
-        frames += len(features)
-        all_frames += len(features)
-        total += 1
-    close()
+        def close() -> None:
+            nonlocal clips, parts, frames
+            if not parts:
+                return
+            stem = f"{SPLICED}-{len(indexes):04d}-x100"
+            features = np.concatenate(parts)
+            index = {"format": 1, "corpus": SPLICED, "speed": 1.0, "frames": frames, "num_mels": features.shape[1]}
+            write_atomically(Path(waiting, f"{stem}.npy"), features)
+            indexes[stem] = json.dumps({**index, "clips": clips}).encode()
+            clips, parts, frames = [], [], 0
+
+        for speaker, text, features in made:
+            if frames + len(features) > SHARD_FRAMES:
+                close()
+            clip = {"id": f"{SPLICED}-{total:06d}", "speaker": speaker, "text": text, "start": frames}
+            clips.append({**clip, "frames": len(features)})
+            parts.append(features)
+            frames += len(features)
+            all_frames += len(features)
+            total += 1
+        close()
+        for stale in [*out_dir.glob(f"{SPLICED}-*.json"), *out_dir.glob(f"{SPLICED}-*.npy")]:  # indexes first
+            stale.unlink()
+        for stem, index_bytes in indexes.items():
+            Path(waiting, f"{stem}.npy").replace(out_dir / f"{stem}.npy")
+            write_atomically(out_dir / f"{stem}.json", index_bytes)
     return total, all_frames / FRAMES_PER_SECOND / 3600
 
 

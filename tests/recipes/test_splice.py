@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,39 @@ def test_new_sentences_from_known_words(
     made = {file.name: file.read_bytes() for file in (folder / "train").glob("spliced*")}
     splice.main([*common, "--hours", "0.03", "--min-words", "20"])  # instead of what is there, and made from the rest
     assert {file.name: file.read_bytes() for file in (folder / "train").glob("spliced*")} == made
+    (tmp_path / "text.txt").write_text("zebras quietly juggle quartz pyxes")
+    with pytest.raises(SystemExit, match="too few"):
+        splice.main([*common, "--hours", "0.03", "--min-words", "20"])  # what is there stays
+    assert {file.name: file.read_bytes() for file in (folder / "train").glob("spliced*")} == made
+    assert not [file for file in (folder / "train").iterdir() if file.name.startswith(".")]
+
+
+def test_a_failure_half_way_leaves_the_earlier_shards(tmp_path: Path) -> None:
+    def utterances(count: int, fails: bool) -> Iterator[tuple[str, str, np.ndarray]]:
+        for _ in range(count):
+            yield "1", "a dog", np.full((300_000, 4), count, np.float16)  # a shard each
+        if fails:
+            raise OSError(28, "No space left on device")
+
+    def shards() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    assert splice.write_corpus(tmp_path, utterances(3, fails=False)) == (3, 2.5)
+    before = shards()
+    with pytest.raises(OSError, match="No space"):
+        splice.write_corpus(tmp_path, utterances(2, fails=True))
+    assert shards() == before
+    splice.write_corpus(tmp_path, utterances(2, fails=False))  # fewer: none of the earlier ones stays
+    assert sorted(shards()) == sorted(f"spliced-000{i}-x100.{kind}" for i in (0, 1) for kind in ("json", "npy"))
+    assert FeatureStore(tmp_path).features(FeatureStore(tmp_path).clips[1])[0, 0] == 2
+
+
+def test_speeds_that_only_some_recordings_have_are_left_out(model: Model, data: Path) -> None:
+    voice = splice.find_words(model, FeatureStore(data / "train", model.tokenizer), 20)["1"]
+    first = dataclasses.replace(voice.places[0], copies={1.0: voice.places[0].copies[1.0]})
+    voices = {"1": splice.Phrases([first, *voice.places[1:]])}
+    store = FeatureStore(data / "train", model.tokenizer)
+    assert len(list(splice.compose(store, voices, NEW, 0.01, seed=0))) > 1
 
 
 def test_phrases_are_long_and_missing_words_borrowed() -> None:
