@@ -209,9 +209,9 @@ class Engine:
         waiting = tuple(stream.waiting(segment) for segment in range(self.config.num_exits))
         fills = stream.options.fill is Fill.PROPAGATE
         costs = self.macs.of_step(stream.current.frames, stream.chunk_frames, waiting, fills)
-        policy_cap = stream.options.policy.max_exit(self.config.num_exits, stream.current.index)
         seconds, setpoint = self._audio_seconds(stream), stream.budget.setpoint
         stream.policy = stream.options.policy if setpoint is None else stream.options.policy.at(setpoint)
+        policy_cap = stream.policy.max_exit(self.config.num_exits, stream.current.index)
         budget_cap = stream.budget.ceiling(seconds, costs)
         stream.cap = min(policy_cap, budget_cap, max(self._load_cap, stream.budget.min_exit))
         stream.floor = stream.budget.floor(seconds, costs)

@@ -54,7 +54,7 @@ class Recognizer:
     def transcribe_offline(self, samples: np.ndarray, chunk_ms: float | None = None) -> Transcript:
         """One pass over the whole recording, read at the policy's deepest exit; `chunk_ms` as in `log_posteriors`."""
         config, options = self.model.config, self.options
-        exit_index = options.policy.max_exit(config.num_exits)
+        exit_index = options.policy.deepest(config.num_exits)
         log_probs = self.log_posteriors(samples, chunk_ms)[exit_index]
         decoder = make_decoder(options, self.model.pieces, self.model.tokenizer)
         frames = FrameScores(log_probs.argmax(axis=-1), log_probs.max(axis=-1, initial=-np.inf), log_probs)

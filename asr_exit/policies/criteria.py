@@ -57,6 +57,14 @@ class Criterion(ExitPolicy):
             )
         return num_exits - 1
 
+    def max_exit(self, num_exits: int, chunk_index: int = 0) -> int:
+        """The first exit whose own threshold lets every chunk leave: evidence is not needed there."""
+        deepest = self.deepest(num_exits)
+        if not isinstance(self.threshold, tuple):
+            return deepest
+        always = self.largest if self.low_is_sure else 0.0
+        return next((k for k, value in enumerate(self.threshold[:deepest]) if value == always), deepest)
+
     def threshold_at(self, exit_index: int) -> float | None:
         """Threshold of one exit; None where the criterion never stops."""
         if not isinstance(self.threshold, tuple):

@@ -193,3 +193,12 @@ def test_a_policy_with_a_table_follows_a_wanted_cost() -> None:
     short = CALIBRATION["entropy"] | {"table": [{"macs_fraction": 0.3, "thresholds": [0.9] * 2}]}
     with pytest.raises(ConfigError, match="has 2 thresholds"):
         parse_policy("entropy", exit_layers=LAYERS, calibration={"entropy": short})
+
+
+def test_an_exit_that_lets_every_chunk_go_is_the_deepest_that_chunks_take() -> None:
+    assert Posterior((0.9, 0.0, 0.5)).max_exit(4) == 1
+    assert Entropy((None, 1.0, None)).max_exit(4) == 1
+    assert QExit((0.9, None, 0.0), weights=ExitWeights(())).max_exit(4) == 2
+    assert Posterior((0.9, None, None)).max_exit(4) == 3
+    assert Entropy((0.0, 0.0, 0.0)).max_exit(4) == 3  # an entropy of 0 is certainty, not "always"
+    assert Posterior((0.9, 0.0, 0.5)).deepest(4) == 3  # a budget may move the thresholds

@@ -124,6 +124,27 @@ def test_confident_chunks_leave_early_and_cost_less(model: Model) -> None:
     assert early[0].encoder_macs == engine.macs.to_exit(0, 8) < full[0].encoder_macs
 
 
+def test_no_evidence_at_an_exit_that_every_chunk_leaves_at(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrated thresholds often end in "always"; the answers are those of a threshold that is always met."""
+    asked: list[tuple[int, bool]] = []
+    engine = Engine(model, slots=1)
+    run = engine.backend.run
+
+    def spy(segment: int, *args: object, **kwargs: bool) -> object:
+        asked.append((segment, kwargs["want_evidence"]))
+        return run(segment, *args, **kwargs)
+
+    monkeypatch.setattr(engine.backend, "run", spy)
+    ceiling = feed(engine, 5.0, StreamOptions(policy=Posterior((1.0, 1.0, 0.0, 0.5, 0.5)), fill=Fill.PROPAGATE))
+    assert set(asked) == {(0, True), (1, True), (2, False)}
+    judged = feed(engine, 5.0, StreamOptions(policy=Posterior((1.0, 1.0, 1e-9, 0.5, 0.5)), fill=Fill.PROPAGATE))
+    assert set(asked) == {(0, True), (1, True), (2, False), (2, True)}
+    assert {result.reason for result in ceiling} == {Reason.FULL}
+    assert [(r.exit_layer, r.encoder_macs, r.committed, r.tail) for r in ceiling] == [
+        (r.exit_layer, r.encoder_macs, r.committed, r.tail) for r in judged
+    ]
+
+
 @pytest.mark.parametrize("fraction", [0.4, 0.6, 0.9])
 def test_a_mean_depth_budget_is_kept(model: Model, fraction: float) -> None:
     engine = Engine(model, slots=1)
