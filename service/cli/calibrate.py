@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         metavar="X",
-        help="without --target: relative word errors that the default thresholds may add (default: 0.02)",
+        help="without --target: relative word errors that the default thresholds may add (default: 0.0175)",
     )
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="one core each (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the calibration instead of a table")
