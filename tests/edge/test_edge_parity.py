@@ -146,7 +146,7 @@ def test_int8_stays_near(source: Model, int8: Path) -> None:
 @pytest.mark.parametrize("exit_index", [0, 1, 2])
 def test_evidence_is_what_torch_computes(source: Model, edge_model: EdgeModel, exit_index: int) -> None:
     seen: list[list[ExitScores]] = []
-    leaves_here = Similarity((*[None] * exit_index, 0.0, *[None] * (2 - exit_index)))
+    leaves_here = Similarity((*[None] * exit_index, 1e-9, *[None] * (2 - exit_index)))  # at 0 it would not look
     for model in (source, edge_model):
         engine, found = Engine(model, slots=1), []
         stream = engine.open(StreamOptions(policy=leaves_here))
