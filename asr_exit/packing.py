@@ -16,13 +16,20 @@ from asr_exit.conformer import FeedForward
 _TYPICAL_ROWS = 256  # what the layout is chosen for; it serves any number
 
 
+def can_pack() -> bool:
+    """Whether oneDNN is there and multiplies bf16 on this processor (on x86: AVX-512 or better)."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def pack_linears(module: nn.Module) -> None:
     """Let every linear layer in `module` multiply with packed weights, in place; its parameters stay as they are.
 
     The last thing done to a module: packed weights can neither be copied nor converted. For a reduced precision
-    on a CPU, and without gradients. Does nothing where torch was built without oneDNN.
+    on a CPU, and without gradients. Does nothing where oneDNN is missing or cannot multiply bf16 on this processor.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not can_pack():
         return
     packed: dict[nn.Linear, Tensor] = {}
     for layer in module.modules():

@@ -16,7 +16,7 @@ import soundfile
 
 from asr_exit.checkpoint import load
 from asr_exit.edge import EdgeModel, EdgeRecognizer
-from asr_exit.edge.export import publish
+from asr_exit.edge.export import publish, quantise
 from asr_exit.edge.manifest import Manifest, digest
 from asr_exit.edge.recalibrate import carry_over, observe, recalibrate
 from asr_exit.errors import CheckpointError
@@ -62,6 +62,20 @@ def test_int8_is_smaller(fp32: Path, int8: Path) -> None:
     """Even this toy, whose graphs are mostly structure; the bundled model comes to a third."""
     sizes = [sum(graph.bytes for graph in Manifest.read(folder).segments) for folder in (fp32, int8)]
     assert sizes[1] < sizes[0]
+
+
+def test_weights_leave_room_for_sums_of_16_bits(fp32: Path, tmp_path: Path) -> None:
+    """255 * w added in pairs must stay below 2**15: processors without int8 dot products saturate there."""
+    path = tmp_path / "segment.onnx"
+    path.write_bytes((fp32 / "segment-1.onnx").read_bytes())
+    quantise(path)
+    weights = [
+        onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(path).graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2
+    ]
+    assert len(weights) >= 10
+    assert 60 < max(int(np.abs(values.astype(int)).max()) for values in weights) <= 64
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(fp32: Path, tmp_path: Path, capsys) -> None:

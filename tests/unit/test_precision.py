@@ -13,11 +13,14 @@ from asr_exit.config import FeatureConfig
 from asr_exit.engine import Engine
 from asr_exit.errors import ConfigError
 from asr_exit.features import windows_to_log_mel
-from asr_exit.packing import pack_linears
+from asr_exit.packing import can_pack, pack_linears
 from asr_exit.policy import RandomDepth
 from asr_exit.stream import Fill, StreamOptions
+from asr_exit.torch_backend import TorchBackend
 from service.bench.streams import Streamed, stream_all
 from tests.conftest import babble, random_model
+
+needs_packing = pytest.mark.skipif(not can_pack(), reason="this processor does not multiply bf16: nothing is packed")
 
 
 def scores(engine: Engine, recordings: list[np.ndarray], fill: Fill = Fill.CATCH_UP) -> list[Streamed]:
@@ -54,6 +57,7 @@ def test_the_model_stays_as_it_was() -> None:
     assert backend.pool.segments[0][0].keys.dtype == torch.bfloat16
 
 
+@needs_packing
 def test_packed_weights_multiply_like_plain_ones() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(32, 48).bfloat16().requires_grad_(False)
@@ -62,6 +66,20 @@ def test_packed_weights_multiply_like_plain_ones() -> None:
     pack_linears(layer)
     assert "forward" in vars(layer)
     torch.testing.assert_close(layer(x), plain, rtol=2e-2, atol=1e-2)
+
+
+def test_a_processor_that_cannot_multiply_bf16_keeps_plain_weights(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "can_pack", lambda: False)
+    engine = Engine(model.in_precision("bf16"), slots=1)
+    backend = engine.backend
+    assert isinstance(backend, TorchBackend)
+    linears = [layer for layer in backend.encoder.modules() if isinstance(layer, torch.nn.Linear)]
+    assert linears
+    assert not [layer for layer in linears if "forward" in vars(layer)]
+    (streamed,) = scores(engine, [babble(1.5)], Fill.PROPAGATE)
+    assert np.isfinite(np.concatenate([frames.max_log_prob for frames in streamed.scores])).all()
 
 
 @pytest.mark.parametrize("fill", list(Fill))
@@ -93,6 +111,7 @@ def test_unknown_precision(model: Model) -> None:
         model.in_precision("int4")
 
 
+@needs_packing
 def test_warming_up_meets_every_size_that_streams_then_use(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     multiplied: set[tuple[torch.Size, torch.Size]] = set()
     plain = packing._multiply
