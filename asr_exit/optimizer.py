@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from asr_exit.encoder import Encoder
+from asr_exit.muon import Muon
 from asr_exit.parallel import Group
 
 OPTIMIZERS = ("adamw", "muon")
@@ -47,8 +48,7 @@ class Optimizers:
         self._shares = [by_size[rank :: self.group.size] for rank in range(self.group.size)]
         mine = self._shares[self.group.rank]
         if mine:
-            muon = torch.optim.Muon(mine, lr=1e-3, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            self.all.append(muon)
+            self.all.append(Muon(mine, lr=1e-3, weight_decay=weight_decay))
 
     @property
     def learning_rate(self) -> float:

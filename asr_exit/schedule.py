@@ -63,7 +63,7 @@ class TrainConfig:
     gate_price: float = 0.05  # of full-depth compute in that loss, in nats per target token
     accumulate: int = 1  # batches per update and process
     shallow_probability: float = 0.0  # of batches that run only a random number of the first segments (Sorted LLaMA)
-    bf16: bool = True
+    bf16: bool = True  # where the processor multiplies in it
     checkpoint_seconds: float = 120.0
     evaluate_seconds: float = 480.0
     evaluate_utterances: int = 60

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from asr_exit.joint_gates import JointGates, without_gates
 from asr_exit.objective import Draw, draw, objective
 from asr_exit.optimizer import Optimizers
 from asr_exit.parallel import Group
+from asr_exit.processor import computes_in_bf16
 from asr_exit.reporting import Reporter
 from asr_exit.run_folder import RunFolder
 from asr_exit.schedule import Stage, TrainConfig
@@ -32,7 +33,15 @@ from asr_exit.validation import validate
 from asr_exit.warm_start import warm_start
 
 # settings of how long and by how many processes a run is trained; two processes equal one that accumulates two batches
-MAY_CHANGE = ("minutes", "hours", "accumulate", "checkpoint_seconds", "evaluate_seconds", "evaluate_utterances")
+MAY_CHANGE = (
+    "minutes",
+    "hours",
+    "accumulate",
+    "bf16",  # as the processor has it
+    "checkpoint_seconds",
+    "evaluate_seconds",
+    "evaluate_utterances",
+)
 
 
 @dataclass
@@ -64,11 +73,14 @@ class Trainer:
     ) -> None:
         """`data`: what the recipe's prepare step wrote. `max_updates` stops early (tests).
 
+        `config.bf16` becomes False on a processor that has no bf16 products.
+
         Raises:
             ConfigError: the data is not finished, or does not fit the model.
         """
         if not (data / "data.json").is_file():
             raise ConfigError(f"{data} holds no finished data (no data.json); run the recipe's prepare step")
+        config = replace(config, bf16=config.bf16 and computes_in_bf16(device))
         self.config, self.out, self.device, self.max_updates = config, out, torch.device(device), max_updates
         self.group = group or Group()
         self.description = json.loads((data / "data.json").read_text(encoding="utf-8"))

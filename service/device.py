@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, cast
 
 from asr_exit.errors import ConfigError
+from asr_exit.processor import computes_in_bf16
 
 DEVICES = ("auto", "cpu", "cuda")
-_BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 
 
 def pick_device(name: str) -> str:
@@ -27,21 +26,4 @@ def pick_precision(name: str, device: str) -> Literal["fp32", "bf16"]:
     """Resolves "auto" to "bf16" where the device multiplies matrices in it, else "fp32"."""
     if name != "auto":
         return cast("Literal['fp32', 'bf16']", name)
-    return "bf16" if _computes_in_bf16(device) else "fp32"
-
-
-def _computes_in_bf16(device: str) -> bool:
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.is_bf16_supported()
-    return _BF16_FLAGS & _cpu_flags() != set()
-
-
-def _cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What the processor can do, by Linux's names; nothing on other systems."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    return "bf16" if computes_in_bf16(device) else "fp32"

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from asr_exit.checkpoint import Model
+from asr_exit.processor import cpu_flags
 from service import logs
 from service.background import BackgroundServer
 from service.client import ServiceError, SpeechClient
 from service.config import LogConfig
-from service.device import _cpu_flags, pick_precision
+from service.device import pick_precision
 from tests.conftest import babble
 from tests.service.conftest import parts, pcm16, serve_config
 from tests.service.test_process import serving
@@ -186,7 +187,7 @@ def test_a_drain_under_load_loses_no_final_result(model_path: Path) -> None:
 def test_precision_follows_the_processor(tmp_path: Path) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text("processor\t: 0\nflags\t\t: fpu amx_bf16 avx2\n")
-    assert _cpu_flags(path) == {"fpu", "amx_bf16", "avx2"}
-    assert _cpu_flags(tmp_path / "none") == set()
+    assert cpu_flags(path) == {"fpu", "amx_bf16", "avx2"}
+    assert cpu_flags(tmp_path / "none") == set()
     assert pick_precision("fp32", "cpu") == "fp32"
     assert pick_precision("auto", "cpu") in ("fp32", "bf16")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from asr_exit import muon
 from asr_exit.config import ModelConfig
 from asr_exit.encoder import Encoder
 from asr_exit.errors import ConfigError
@@ -52,6 +53,34 @@ def test_muon_turns_a_matrix_by_an_orthogonal_step_of_adams_size() -> None:
     assert singular.max() < 2.0 * singular.min()
     assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.25)
     assert (head - head_before).abs().max().item() == pytest.approx(0.01, rel=0.01)  # AdamW's first step is a sign
+
+
+def test_muon_is_torchs_own_where_that_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "computes_in_bf16", lambda device: True)
+    torch.manual_seed(1)
+    start = torch.randn(24, 16)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = (
+        muon.Muon([ours], lr=0.01, weight_decay=0.1),
+        torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        gradient = torch.randn(24, 16)
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    moved = (ours - start).abs().max().item()
+    assert (ours - theirs).abs().max().item() < 0.02 * moved
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
+def test_orthogonalising_is_the_same_in_either_precision(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    matrix = torch.randn(shape)
+    found, exact = muon.orthogonalised(matrix, dtype), muon.orthogonalised(matrix.double(), torch.float64)
+    assert found.shape == shape
+    assert (found - exact).abs().max().item() < (0.1 if dtype == torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
