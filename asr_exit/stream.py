@@ -45,7 +45,7 @@ class StreamOptions:
     chunk_ms: float = 640
     policy: ExitPolicy = field(default_factory=Full)
     budget: Budget = field(default_factory=Budget)
-    fill: Fill = Fill.CATCH_UP
+    fill: Fill = Fill.PROPAGATE
     decoder: Literal["greedy", "beam"] = "greedy"
     beam_size: int = 8
     endpoint_silence_ms: float = 960  # this much silence after words ends an utterance; 0 = it does not

@@ -99,7 +99,7 @@ class StreamDefaults:
     """What a request gets for the fields it leaves empty."""
 
     chunk_ms: int = 640
-    policy: str = "auto"  # posterior where the model is calibrated for it, else full
+    policy: str = "auto"  # the criterion that its calibration chose, full depth where the model has none
     fill: str = "propagate"  # what the calibration was made with; catch_up brings every final text to full depth
     endpoint_silence_ms: int = 960  # silence that ends an utterance; 0: only the end of the stream does
     max_utterance_ms: int = 20_000  # a longer utterance is cut before its last word

@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     import asyncio
 
     from asr_exit.checkpoint import load
+    from asr_exit.processor import computes_in_bf16
     from service import logs
     from service.allocator import keep_freed_memory
     from service.device import pick_device, pick_precision
@@ -77,7 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     def announce(port: int) -> None:
         layers = ", ".join(map(str, model.config.exit_layers))
         precision = pick_precision(config.model.precision, device)
-        print(f"model {model.name} on {device} in {precision}, exits after layers {layers}", flush=True)
+        slow = precision == "bf16" and not computes_in_bf16(device)
+        advice = " (emulated by this processor: fp32 is faster)" if slow else ""
+        print(f"model {model.name} on {device} in {precision}{advice}, exits after layers {layers}", flush=True)
         print(f"listening on {config.listen.host}:{port}", flush=True)
 
     asyncio.run(serve(model, config, announce))

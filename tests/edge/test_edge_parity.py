@@ -52,7 +52,7 @@ def test_log_posteriors_equal_torch_at_every_exit(source: Model, edge_model: Edg
 OPTIONS = {
     "full": StreamOptions(),
     "fixed": StreamOptions(policy=Fixed(2, 1), chunk_ms=320),
-    "catch up": StreamOptions(policy=RandomDepth(1), chunk_ms=320, catch_up_cap_chunks=4),
+    "catch up": StreamOptions(policy=RandomDepth(1), chunk_ms=320, fill=Fill.CATCH_UP, catch_up_cap_chunks=4),
     "propagate": StreamOptions(policy=RandomDepth(2), fill=Fill.PROPAGATE, chunk_ms=1280),
     "hole": StreamOptions(policy=RandomDepth(3), fill=Fill.HOLE, chunk_ms=160),
     "beam": StreamOptions(policy=RandomDepth(4), fill=Fill.PROPAGATE, decoder="beam", beam_size=4),

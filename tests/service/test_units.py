@@ -11,6 +11,7 @@ from asr_exit.budget import Budget
 from asr_exit.checkpoint import Model
 from asr_exit.errors import ConfigError
 from asr_exit.load_control import LoadSignal
+from asr_exit.stream import Fill, StreamOptions
 from service import wire
 from service.config import ServeConfig, is_loopback, load_config
 from service.feed import Pace
@@ -53,6 +54,14 @@ def test_mistakes_in_the_file(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+def test_the_library_and_the_server_have_the_same_defaults() -> None:
+    library, served = StreamOptions(), ServeConfig().stream
+    assert library.fill == Fill.parse(served.fill)
+    assert library.chunk_ms == served.chunk_ms
+    assert library.endpoint_silence_ms == served.endpoint_silence_ms
+    assert library.max_utterance_ms == served.max_utterance_ms
 
 
 def test_missing_file(tmp_path: Path) -> None:

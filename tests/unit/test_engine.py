@@ -214,7 +214,7 @@ def test_an_exception_in_a_segment_closes_its_streams_and_the_engine_goes_on(
 
 def test_a_full_backlog_is_worked_off_at_once(model: Model) -> None:
     engine = Engine(model, slots=1)
-    results = feed(engine, 13.0, StreamOptions(policy=AlwaysStop(), catch_up_cap_chunks=4))
+    results = feed(engine, 13.0, StreamOptions(policy=AlwaysStop(), fill=Fill.CATCH_UP, catch_up_cap_chunks=4))
     layers = [result.exit_layer for result in results]
     assert layers[:4] == [2, 2, 2, 2]
     assert 12 in layers[4:6]
@@ -223,7 +223,7 @@ def test_a_full_backlog_is_worked_off_at_once(model: Model) -> None:
 
 def test_a_backlog_that_may_never_be_worked_off_is_bounded(model: Model) -> None:
     engine = Engine(model, slots=1)
-    options = StreamOptions(budget=Budget(max_exit_layer=2), catch_up_cap_chunks=3)
+    options = StreamOptions(budget=Budget(max_exit_layer=2), fill=Fill.CATCH_UP, catch_up_cap_chunks=3)
     stream = engine.open(options)
     for seed in range(4):
         engine.push(stream, babble(3.2, seed))
@@ -299,7 +299,9 @@ def test_revisions_touch_only_the_tail(model: Model) -> None:
 
     engine = Engine(model, slots=1)
     committed = ""
-    for result in feed(engine, 15.0, StreamOptions(policy=EveryThird(), endpoint_silence_ms=0), seed=6):
+    for result in feed(
+        engine, 15.0, StreamOptions(policy=EveryThird(), fill=Fill.CATCH_UP, endpoint_silence_ms=0), seed=6
+    ):
         assert result.committed.startswith(committed)
         committed = result.committed
     assert committed == Recognizer(model, StreamOptions(endpoint_silence_ms=0)).transcribe(babble(15.0, 6)).text

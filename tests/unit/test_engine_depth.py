@@ -164,14 +164,14 @@ def test_idle_moments_respect_budget_load_and_fill(model: Model) -> None:
     engine = Engine(model, slots=4)
     for options in (
         StreamOptions(policy=AlwaysStop(), fill=Fill.PROPAGATE),
-        StreamOptions(policy=AlwaysStop(), budget=Budget(mean_depth=0.5)),
-        StreamOptions(policy=AlwaysStop(), budget=Budget(max_exit_layer=2)),
+        StreamOptions(policy=AlwaysStop(), budget=Budget(mean_depth=0.5), fill=Fill.CATCH_UP),
+        StreamOptions(policy=AlwaysStop(), budget=Budget(max_exit_layer=2), fill=Fill.CATCH_UP),
     ):
         engine.push(engine.open(options), babble(3.2))
     while engine.ready():
         engine.step()
     assert not engine.catch_up()
-    stream = engine.open(StreamOptions(policy=AlwaysStop()))
+    stream = engine.open(StreamOptions(policy=AlwaysStop(), fill=Fill.CATCH_UP))
     engine.push(stream, babble(1.28))
     run(engine, stream)
     engine.set_load_ceiling(0)
