@@ -1,8 +1,8 @@
-"""Streaming state in slots: ring buffers of keys and values, convolution tails, and one clock per layer and slot.
+"""Streaming state in slots: ring buffers of keys and values, convolution tails, one clock per segment and slot.
 
-A slot is one stream's row in every tensor. A layer's clock is the next absolute frame it will consume; clocks never
-increase with depth, and an early exit only means that deeper clocks have not moved yet. Positions live on the host, so
-masks cost no device synchronisation.
+A slot is one stream's row in every tensor. A segment's clock is the next absolute frame its layers will consume; clocks
+never increase with depth, and an early exit only means that deeper clocks have not moved yet. Positions live on the
+host, so masks cost no device synchronisation.
 
 The last slot is nobody's: padding rows of a batch stand for it, and what padding writes goes there.
 
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asr_exit.attention import FrameContext, additive, rotary, visible
+from asr_exit.attention import MASKED, FrameContext, rotary
 from asr_exit.config import ModelConfig
 
 EMPTY = -1
+_TABLE_FRAMES = 16_384  # rotary angles of so many frames are kept, 22 minutes; later ones are computed when they come
 
 
 @dataclass
@@ -31,11 +32,18 @@ class LayerCache:
     keys: Tensor  # (S, W, H, E), stored after rotary embedding
     values: Tensor  # (S, W, H, E)
     conv: Tensor  # (S, h, D) gated convolution inputs
+
+
+@dataclass
+class SegmentCache:
+    """The layers between two exits, which always hold the same frames."""
+
+    layers: list[LayerCache]
     positions: np.ndarray  # (S, W) absolute frame that each ring cell holds, EMPTY = none; nothing in the spare slot
-    clock: np.ndarray  # (S,) next absolute frame this layer will consume
+    clock: np.ndarray  # (S,) next absolute frame the layers will consume
 
     def advance(self, slots: np.ndarray, frames: np.ndarray, hole: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Move the clocks of (B,) different slots over `frames` (B,) frames each and claim ring cells.
+        """Move the clock of (B,) different slots over `frames` (B,) frames each and claim ring cells.
 
         Returns the cells and the positions of these frames, both (N,) with N = sum of `frames`, stream after stream.
         """
@@ -137,19 +145,17 @@ class CachePool:
         values = poisoned(layers, slots + 1, window, heads, head_dim)
         conv = poisoned(layers, slots + 1, halo, config.d_model)
         self._by_layer = [keys, values, conv]
+        by_layer = [LayerCache(*parts) for parts in zip(keys, values, conv, strict=True)]
         self.segments = [
-            [
-                LayerCache(
-                    keys=keys[layer],
-                    values=values[layer],
-                    conv=conv[layer],
-                    positions=np.full((slots + 1, window), EMPTY, np.int64),
-                    clock=np.zeros(slots + 1, np.int64),
-                )
-                for layer in range(first, first + config.exit_every)
-            ]
+            SegmentCache(
+                by_layer[first : first + config.exit_every],
+                positions=np.full((slots + 1, window), EMPTY, np.int64),
+                clock=np.zeros(slots + 1, np.int64),
+            )
             for first in range(0, layers, config.exit_every)
         ]
+        table = rotary(torch.arange(_TABLE_FRAMES)[None], head_dim, dtype)
+        self._cos, self._sin = (values[0].to(device) for values in table)  # (frames, 1, E / 2)
         self.tails = [poisoned(slots + 1, channels, 1, bands) for channels, bands in tail_shapes]
         self.free = list(range(slots - 1, -1, -1))
         self._shared: tuple[tuple[np.ndarray, ...], FrameContext] | None = None  # of the last `begin`
@@ -160,17 +166,14 @@ class CachePool:
             return None
         slot = self.free.pop()
         self._fill(slot, 0.0)
-        for cache in self._layers():
-            cache.positions[slot], cache.clock[slot] = EMPTY, 0
+        for segment in self.segments:
+            segment.positions[slot], segment.clock[slot] = EMPTY, 0
         return slot
 
     def release(self, slot: int) -> None:
         """Give a slot back, poisoned."""
         self._fill(slot, torch.nan)
         self.free.append(slot)
-
-    def _layers(self) -> list[LayerCache]:
-        return [cache for segment in self.segments for cache in segment]
 
     def _fill(self, slot: int, value: float) -> None:
         for cache in self._by_layer:
@@ -204,31 +207,31 @@ class CachePool:
         With `rows` the layers get so many rows, whatever the number of chunks; with `whole_chunks` T is `chunk_frames`,
         whatever their length, and everything returned for them has a shape that these two decide.
         """
-        caches, count = self.segments[segment], len(slots)
+        cache, count = self.segments[segment], len(slots)
         longest = chunk_frames if whole_chunks else int(frames.max())
         padded = whole_chunks or int(frames.min()) < longest
         if rows is not None:
             slots = extended(slots, rows, self.spare_slot)
             frames = extended(frames, rows, 0 if padded else longest)
-        start = caches[0].clock[slots]
-        cells = [cache.advance(slots[:count], frames[:count])[0] for cache in caches]
-        context = self._context(start, caches[0].positions[slots], frames, longest if padded else None, chunk_frames)
+        start = cache.clock[slots]
+        cells, _ = cache.advance(slots[:count], frames[:count])
+        context = self._context(start, cache.positions[slots], frames, longest if padded else None, chunk_frames)
         if not padded:
-            everywhere = extended(cells[0], len(frames) * longest, self.spare_cell)
+            everywhere = extended(cells, len(frames) * longest, self.spare_cell)
             return context, BatchIndex(self.tensor(slots), self.tensor(everywhere)), None
         places = real_frames(frames, longest)
         spread = np.full(len(frames) * longest, self.spare_cell)
-        spread[places] = cells[0]
+        spread[places] = cells
         index = BatchIndex(self.tensor(slots), self.tensor(spread), self._kept(frames, longest))
         return context, index, self.tensor(places)
 
     def views(self, segment: int, index: BatchIndex) -> list[LayerView]:
         """The layers of one segment for the batch that `begin` gave `index` for."""
-        return [LayerView(cache, index) for cache in self.segments[segment]]
+        return [LayerView(cache, index) for cache in self.segments[segment].layers]
 
     def _kept(self, ends: np.ndarray, longest: int) -> Tensor:
         """`BatchIndex.kept` where row b of (B, longest) ends after `ends[b]` frames."""
-        halo = self.segments[0][0].conv.shape[1]
+        halo = self._by_layer[2].shape[2]
         first = np.arange(len(ends)) * (halo + longest) + ends
         return self.tensor((first[:, None] + np.arange(halo)).ravel())
 
@@ -240,10 +243,8 @@ class CachePool:
         Padded to N = `total` frames and to B = `rows` streams. Returns also where the last ones lie: (B, h) places
         among N, padded behind where a stream skipped fewer than h frames.
         """
-        caches = self.segments[segment]
-        claimed = [cache.advance(slots, frames) for cache in caches]
-        cells, positions = claimed[0]
-        halo = max(1, caches[0].conv.shape[1])
+        cells, positions = self.segments[segment].advance(slots, frames)
+        halo = max(1, self._by_layer[2].shape[2])
         kept, ends = np.minimum(frames, halo), frames.cumsum()
         longest = int(kept.max())
         last = np.minimum((ends - kept)[:, None] + np.arange(longest), ends[:, None] - 1)
@@ -254,8 +255,8 @@ class CachePool:
             self.tensor(extended(cells, total, self.spare_cell)),
             self._kept(extended(kept, rows, longest), longest) if uneven else None,
         )
-        cos, sin = self._rotary(torch.from_numpy(extended(positions, total, 0))[None])
-        return FrameContext(cos, sin, None, None), [LayerView(cache, index) for cache in caches], last
+        cos, sin = self._rotary(extended(positions, total, 0)[None])
+        return FrameContext(cos, sin, None, None), self.views(segment, index), last
 
     def _context(
         self, start: np.ndarray, held: np.ndarray, frames: np.ndarray, padded_to: int | None, chunk_frames: int
@@ -267,18 +268,27 @@ class CachePool:
         asked, last = (np.array((chunk_frames, padded_to or 0)), frames, start, held), self._shared
         if last is None or not all(map(np.array_equal, last[0], asked)):
             steps = np.arange(padded_to or frames[0])
-            query = torch.from_numpy(start[:, None] + steps)
-            keys = torch.from_numpy(held)
-            mask = additive(visible(query[:, :1], keys, chunk_frames, self.config.left_context_frames), self.dtype)
+            first = start[:, None] // chunk_frames * chunk_frames
+            oldest = np.maximum(first - self.config.left_context_frames // chunk_frames * chunk_frames, 0)
+            hidden = (held < oldest) | (held >= first + chunk_frames)  # as `attention.visible` has it
+            mask = torch.from_numpy(np.where(hidden, np.float32(MASKED), np.float32(0.0))[:, None, None]).to(self.dtype)
             valid = None
             if padded_to is not None:
                 valid = to_device(torch.from_numpy(steps < frames[:, None])[..., None].to(self.dtype), self.device)
-            context = FrameContext(*self._rotary(query), to_device(mask, self.device), chunk_frames, valid)
+            context = FrameContext(
+                *self._rotary(start[:, None] + steps), to_device(mask, self.device), chunk_frames, valid
+            )
             last = self._shared = asked, context
         return last[1]
 
-    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = rotary(positions, self.config.d_model // self.config.num_heads, self.dtype)
+    def _rotary(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`attention.rotary` of (B, T) frames."""
+        if positions.max() < len(self._cos):
+            places = self.tensor(positions.reshape(-1))
+            found = (table.index_select(0, places) for table in (self._cos, self._sin))
+            cos, sin = (values.unflatten(0, positions.shape) for values in found)
+            return cos, sin
+        cos, sin = rotary(torch.from_numpy(positions), self.config.d_model // self.config.num_heads, self.dtype)
         return to_device(cos, self.device), to_device(sin, self.device)
 
     def tensor(self, values: np.ndarray) -> Tensor:
@@ -287,14 +297,15 @@ class CachePool:
 
     def leave_hole(self, segment: int, slots: np.ndarray, frames: np.ndarray) -> None:
         """Advance one segment's clocks over `frames` (B,) frames and remember nothing of them."""
-        for cache in self.segments[segment]:
-            cells, _ = cache.advance(slots, frames, hole=True)
-            longest = int(frames.max())
-            index = BatchIndex(self.tensor(slots), self.tensor(cells), self._kept(frames, longest))
-            LayerView(cache, index).set_conv(cache.conv.new_zeros(len(slots), longest, cache.conv.shape[2]))
+        cells, _ = self.segments[segment].advance(slots, frames, hole=True)
+        longest = int(frames.max())
+        index = BatchIndex(self.tensor(slots), self.tensor(cells), self._kept(frames, longest))
+        nothing = self._by_layer[2].new_zeros(len(slots), longest, self.config.d_model)
+        for view in self.views(segment, index):
+            view.set_conv(nothing)
 
     def check_frontier(self, slots: np.ndarray) -> None:
         """Raise RuntimeError if a clock of one of (B,) slots increases with depth."""
-        clocks = np.stack([cache.clock[slots] for cache in self._layers()])
+        clocks = np.stack([segment.clock[slots] for segment in self.segments])
         if (np.diff(clocks, axis=0) > 0).any():
-            raise RuntimeError(f"layer clocks increase with depth: {clocks.tolist()}")
+            raise RuntimeError(f"clocks increase with depth: {clocks.tolist()}")

@@ -50,7 +50,7 @@ def assert_same(ours: Sequence[Streamed], theirs: Sequence[Streamed], tolerance:
 def states(engine: Engine, slots: list[int]) -> list[Tensor]:
     """Copies of all that these slots hold."""
     pool = engine.backend.pool
-    layers = [cache for segment in pool.segments for cache in segment]
+    layers = [cache for segment in pool.segments for cache in segment.layers]
     held = [tensor for cache in layers for tensor in (cache.keys, cache.values, cache.conv)]
     return [tensor[slots].clone() for tensor in (*held, *pool.tails)]
 

@@ -184,7 +184,7 @@ def test_a_stream_whose_numbers_break_fails_alone(model: Model) -> None:
     for seed, stream in enumerate(streams):
         engine.push(stream, babble(2.0, seed))
         engine.finish(stream)
-    for layer in engine.backend.pool.segments[0]:
+    for layer in engine.backend.pool.segments[0].layers:
         layer.conv[streams[1].slot] = torch.nan
     output = engine.step()
     assert [stream for stream, _ in output.failures] == [streams[1]]

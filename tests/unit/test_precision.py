@@ -54,7 +54,7 @@ def test_the_model_stays_as_it_was() -> None:
     assert {parameter.dtype for parameter in model.encoder.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in backend.encoder.parameters()} == {torch.bfloat16}
     assert backend.encoder.feature_mean.dtype == torch.float32
-    assert backend.pool.segments[0][0].keys.dtype == torch.bfloat16
+    assert backend.pool.segments[0].layers[0].keys.dtype == torch.bfloat16
 
 
 @needs_packing
