@@ -15,7 +15,7 @@ from asr_exit.ctc import FrameScores, GreedyDecoder
 from asr_exit.engine import Engine
 from asr_exit.policy import RandomDepth
 from asr_exit.recognizer import Recognizer
-from asr_exit.stream import StreamOptions
+from asr_exit.stream import Fill, StreamOptions
 from service.bench import memory, parity, speed, streams, switches
 from service.cli.main import main
 from tests.conftest import babble
@@ -119,9 +119,10 @@ def test_switches(manifest: Path, model_path: Path, capsys: pytest.CaptureFixtur
 
 def test_an_utterance_that_is_cut_for_its_length_is_caught_up_first(model: Model) -> None:
     samples = babble(9.0, seed=2)
+    base = StreamOptions(max_utterance_ms=2_000, chunk_ms=320, fill=Fill.CATCH_UP)
 
     def texts(**changes: object) -> list[str]:
-        options = dataclasses.replace(StreamOptions(max_utterance_ms=2_000, chunk_ms=320), **changes)
+        options = dataclasses.replace(base, **changes)
         return [run.text for run in streams.stream_all(Engine(model, slots=1), [samples], lambda _: options)]
 
     full = texts()
