@@ -12,20 +12,25 @@ from torch import nn
 from asr_exit.encoder import Encoder, Segment
 from asr_exit.errors import ConfigError
 
+_MAY_DIFFER = ("num_layers", "handover_gain", "self_conditioning", "conv_lookahead", "head_hidden")
+
 
 def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
     """Copy the subsampling and the first `segments` segments of `source` into `encoder`, in place.
 
-    Deeper segments keep their random weights, and the feature statistics those of the training data. Gains at the
-    hand-over that only the source has are folded into the weights that follow them, so that the function is the same.
+    Deeper segments keep their random weights, so do exit heads of another size and a feedback that the source lacks;
+    the feature statistics are those of the training data. Gains at the hand-over that only the source has are folded
+    into the weights that follow them, so that the function is the same; without its feedback, or with the
+    convolution's other reach, it is near.
 
     Raises:
-        ConfigError: the two differ in more than depth and hand-over.
+        ConfigError: the two differ in more than depth, hand-over, feedback, exit heads and the convolution's reach.
     """
     ours, theirs = encoder.config, source.config
-    alike = replace(theirs, num_layers=ours.num_layers, handover_gain=ours.handover_gain, head_hidden=ours.head_hidden)
-    if alike != ours or theirs.head_hidden[:segments] != ours.head_hidden[:segments]:
-        raise ConfigError("the model to start from has another architecture; only its number of layers may differ")
+    if replace(theirs, **{name: getattr(ours, name) for name in _MAY_DIFFER}) != ours:
+        raise ConfigError(
+            f"the model to start from has another architecture; only these may differ: {', '.join(_MAY_DIFFER)}"
+        )
     if segments > theirs.num_exits:
         raise ConfigError(f"the first stage runs {segments} segments, the model to start from has {theirs.num_exits}")
     if ours.handover_gain and not theirs.handover_gain:
@@ -40,9 +45,12 @@ def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
 
 
 def _copy(segment: Segment, state: Mapping[str, Any]) -> None:
-    """Load what fits: the last segment of either model has neither feedback nor gain."""
+    """Load what fits: a last segment has neither feedback nor gain, a head may have another size."""
     own = segment.state_dict()
-    segment.load_state_dict({name: state.get(name, value) for name, value in own.items()})
+    fitting = {name: state[name] for name, value in own.items() if name in state and state[name].shape == value.shape}
+    if any(name.startswith("head.") and name not in fitting for name in own):
+        fitting = {name: value for name, value in fitting.items() if not name.startswith("head.")}
+    segment.load_state_dict({**own, **fitting})
 
 
 @torch.no_grad()

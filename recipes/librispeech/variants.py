@@ -1,4 +1,5 @@
-"""Ablations: the plain baseline, every method alone on top of it, all together, and dedicated single-exit models."""
+"""Ablations: the plain baseline, every method alone on top of it, all together, and dedicated single-exit models; for
+runs that go on from a trained model, all methods but one."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from asr_exit.augment import AugmentConfig
 from asr_exit.schedule import Stage, TrainConfig
-from recipes.librispeech.configs import local
+from recipes.librispeech.configs import hardened, local
 
 # what `prepare` and `splice` add to the recordings
 SYNTHETIC, SPLICED = "synthetic", "spliced"
@@ -86,6 +87,40 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
     ),
 }
 
+# What the bundled model was trained with, each taken away
+WITHOUT: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
+    "Muon (AdamW)": METHODS["AdamW"],
+    "self-conditioning": lambda c: _model(c, self_conditioning=False),
+    "convolution to the chunk's end": lambda c: _model(c, conv_lookahead=False),
+    "dynamic chunk": _set(chunk_weights=((8, 1.0),)),
+    "masks": lambda c: _augment(c, freq_masks=0, time_masks_per_second=0.0),
+    "level": lambda c: _augment(c, gain_nepers=0.0),
+    "speed perturbation": _set(speeds=(1.0,)),
+    "frequency warp": lambda c: _augment(c, freq_warp=0.0),
+    "time warp": lambda c: _augment(c, time_warp=0.0),
+    "noise": lambda c: _augment(c, noise_probability=0.0),
+    "synthetic speech": lambda c: _shares(c, synthetic=0.0),
+    "spliced speech": lambda c: _shares(c, spliced=0.0),
+    "CR-CTC (one view)": _set(consistency_weight=0.0),
+    "sorted training": _set(shallow_probability=0.0),
+    "random depth": _set(random_depth_probability=0.0),
+}
+# What it was not trained with, each added; the rest of METHODS changes the shape of the weights
+ADDED = (
+    "dynamic left context",
+    "reverberation",
+    "exit weights (deep)",
+    "exit weights (shallow)",
+    "distillation",
+    "distillation into heads at the end",
+    "joint gates",
+    "deeper heads at shallow exits",
+)
+
+
+def _shares(config: TrainConfig, **shares: float) -> TrainConfig:
+    return dataclasses.replace(config, corpus_shares=tuple({**dict(config.corpus_shares), **shares}.items()))
+
 
 def short(config: TrainConfig, layers: int, hours: float) -> TrainConfig:
     """`config` as a model of `layers` layers for a run of tens of hours: utterances grow longer within the first ten.
@@ -100,6 +135,30 @@ def short(config: TrainConfig, layers: int, hours: float) -> TrainConfig:
         Stage(1.0, model.num_exits, 48.0, 15.0, True, 1.8e-3),
     )
     return dataclasses.replace(config, model=model, stages=stages, decay_from=0.5, minutes=None, hours=hours)
+
+
+def going_on(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
+    """Rows that go on from a trained model: with all of its methods, with each left out or one added, and plain.
+
+    The learning rate is high enough to unlearn for the first third of the run, then falls.
+    """
+    trained = hardened()
+    model = dataclasses.replace(trained.model, num_layers=layers)
+    stages = (Stage(1.0, model.num_exits, 80.0, 17.0, True, 1.2e-3),)
+    run = {"stages": stages, "minutes": None, "hours": hours, "decay_from": 0.3, "exit_weights": (), "ema_decay": 0.99}
+    everything = dataclasses.replace(trained, model=model, warmup_updates=50, **run)  # type: ignore[arg-type]
+    nothing = everything
+    for name in WITHOUT.keys() - {"Muon (AdamW)"}:
+        nothing = WITHOUT[name](nothing)
+    fill = {f"random depth ({fill})": _set(random_depth_fill=fill)(everything) for fill in ("hole", "catch_up")}
+    rows = {
+        "everything": everything,
+        **{f"without {name}": change(everything) for name, change in WITHOUT.items()},
+        **{f"with {name}": METHODS[name](everything) for name in ADDED},
+        **{f"with {name}": config for name, config in fill.items()},
+        "plain": nothing,
+    }
+    return {name: dataclasses.replace(config, name=name) for name, config in rows.items()}
 
 
 def _until(stage: Stage, until: float) -> Stage:

@@ -8,11 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from asr_exit.checkpoint import load
 from asr_exit.schedule import TrainConfig
 from asr_exit.validation import Decoded
-from recipes.librispeech import ablate
+from recipes.librispeech import ablate, bundle
 from recipes.librispeech.configs import tiny
-from recipes.librispeech.variants import dedicated, variants
+from recipes.librispeech.variants import dedicated, going_on, variants
+
+
+@pytest.mark.parametrize("layers", [4, 12])
+def test_rows_that_go_on_differ_in_one_method(layers: int) -> None:
+    rows = going_on(8.0, layers)
+    base = {**rows["everything"].to_dict(), "name": ""}
+    assert len({json.dumps({**config.to_dict(), "name": ""}) for config in rows.values()}) == len(rows)
+    for name, config in rows.items():
+        assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        changed = [key for key, value in config.to_dict().items() if key != "name" and value != base[key]]
+        # a stage of its own for the heads comes with its own weight of the loss
+        assert len(changed) <= 1 or name in ("plain", "with distillation into heads at the end"), (name, changed)
 
 
 @pytest.mark.parametrize("layers", [4, 12])
@@ -56,3 +69,28 @@ def test_variants_are_trained_once_and_tabled(
     assert (tmp_path / "plain" / "state.pt").stat().st_mtime_ns == made
     with pytest.raises(SystemExit, match="unknown variants"):
         ablate.main([*arguments, "--only", "nothing"])
+
+
+def test_rows_go_on_from_a_model(
+    data: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model.safetensors"
+    bundle.main(["--run", str(tiny_run), "--out", str(model)])
+    stages = (dataclasses.replace(tiny().stages[-1], learning_rate=1e-5),)
+    row = dataclasses.replace(tiny(), hours=0.005, stages=stages)
+    monkeypatch.setattr(ablate, "going_on", lambda hours, layers: {"everything": row})
+    arguments = ["--data", str(data), "--out", str(tmp_path / "out"), "--hours", "0.005", "--layers", "4"]
+    arguments += ["--threads", "1", "--start-from", str(model)]
+    ablate.main(arguments)
+    table = json.loads((tmp_path / "out" / "ablation.json").read_text())["rows"]
+    assert [item["variant"] for item in table] == ["everything", "the model as it was"]
+    for item in table:
+        assert item["wer"]["4"] < 20.0  # from random weights so short a run writes nothing
+    made = json.loads((tmp_path / "out" / "everything" / "provenance.json").read_text())
+    assert made["started_from"]["config"] == load(model).provenance["config"]
+    monkeypatch.setattr(ablate, "decode_exits", None)  # texts are there
+    monkeypatch.setattr(ablate.subprocess, "run", None)
+    ablate.main(arguments)
+    assert "| the model as it was |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no feature shards"):
+        ablate.main([*arguments, "--score", str(tmp_path)])

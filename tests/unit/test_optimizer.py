@@ -83,6 +83,20 @@ def test_orthogonalising_is_the_same_in_either_precision(shape: tuple[int, int],
     assert (found - exact).abs().max().item() < (0.1 if dtype == torch.bfloat16 else 1e-4)
 
 
+@pytest.mark.parametrize("shape", [(48, 192), (192, 48)])
+def test_the_short_way_by_the_gram_matrix_is_the_iteration(shape: tuple[int, int]) -> None:
+    """Singular values from 1 to 1e-6 of the largest, as gradients have them."""
+    torch.manual_seed(3)
+    left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    matrix = left @ torch.diag(torch.logspace(0, -6, 48, dtype=torch.float64)) @ right
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    assert (muon.orthogonalised(matrix, torch.float64) - x).abs().max().item() < 1e-9
+    assert (muon.orthogonalised(matrix.float(), torch.float32) - x).abs().max().item() < 1e-3
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_saved_state_goes_on_to_the_last_bit(name: str) -> None:
     model, other = small(), small()

@@ -67,12 +67,32 @@ def test_gains_matter_and_are_really_folded() -> None:
     assert not torch.allclose(logits(encoder, 2)[1], logits(theirs, 2)[1], atol=1e-2)
 
 
+def test_all_but_heads_of_another_size_is_copied() -> None:
+    theirs, encoder = random_encoder(replace(SMALL, head_hidden=(8, 0, 0, 0)), 0), random_encoder(SMALL, 1)
+    fresh = {name: value.clone() for name, value in encoder.state_dict().items()}
+    warm_start(encoder, theirs, 4)
+    source = theirs.state_dict()
+    for name, value in encoder.state_dict().items():
+        expected = fresh[name] if name.startswith(("segments.0.head.", "feature_")) else source[name]
+        torch.testing.assert_close(value, expected, atol=0, rtol=0)
+
+
+def test_without_feedback_and_with_causal_convolutions_the_first_exit_stays() -> None:
+    ours = replace(SMALL, self_conditioning=False, conv_lookahead=False)
+    theirs, encoder = random_encoder(SMALL, 0), random_encoder(ours, 1)
+    warm_start(encoder, theirs, 4)
+    source = theirs.state_dict()
+    for name, value in encoder.state_dict().items():
+        if not name.startswith("feature_"):
+            torch.testing.assert_close(value, source[name], atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("source", "ours", "segments", "message"),
     [
         (replace(SMALL, d_model=16), SMALL, 1, "another architecture"),
         (replace(SMALL, vocab_size=30), SMALL, 1, "another architecture"),
-        (replace(SMALL, head_hidden=(8, 0, 0, 0)), SMALL, 1, "another architecture"),
+        (replace(SMALL, exit_every=4), SMALL, 1, "another architecture"),
         (replace(SMALL, num_layers=4), SMALL, 3, "runs 3 segments, the model to start from has 2"),
         (SMALL, WITH_GAIN, 2, "set handover_gain to false"),
     ],
