@@ -9,6 +9,7 @@ import numpy as np
 
 from asr_exit.config import FeatureConfig
 from asr_exit.data import Clip, FeatureStore
+from asr_exit.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ class Augment:
         """`mean` (M,) fills masks. `noise` clips of any length are mixed in the power domain.
 
         `room_envelopes`: per room the energy of its impulse response in each feature frame after the direct sound.
+
+        Raises:
+            ConfigError: reverberation is asked for and there is no room.
         """
+        if config.room_probability > 0 and not room_envelopes:
+            raise ConfigError("room_probability is positive and the data has no rooms; prepare it with --rooms DIR")
         self.config, self.mean, self.noise = config, mean.astype(np.float32), noise
         self.rooms = [np.asarray(envelope, np.float32) for envelope in room_envelopes]
         self.features = features or FeatureConfig(num_mels=len(mean))
@@ -68,7 +74,7 @@ class Augment:
             for row, length in enumerate(lengths.tolist()):
                 factor = 1.0 + rng.uniform(-1, 1) * config.freq_warp
                 features[row, :length] = features[row, :length] @ freq_warp(factor, self.features)
-        if self.rooms and config.room_probability > 0:
+        if config.room_probability > 0:
             for row in np.flatnonzero(rng.random(len(features)) < config.room_probability).tolist():
                 room = self.rooms[int(rng.integers(len(self.rooms)))]
                 features[row, : lengths[row]] = reverberate(features[row, : lengths[row]], room, rng.uniform(0.1, 1.0))

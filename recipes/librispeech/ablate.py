@@ -33,7 +33,7 @@ from asr_exit.schedule import TrainConfig
 from asr_exit.tokenizer import Tokenizer
 from asr_exit.validation import Decoded, decode_exits, held_out_batches
 from asr_exit.warm_start import warm_start
-from recipes.librispeech.variants import going_on, variants
+from recipes.librispeech.variants import SPLICED, SYNTHETIC, going_on, variants
 
 
 def train_variant(
@@ -76,6 +76,20 @@ def on_other_data(config: TrainConfig, name: str, data: Path) -> TrainConfig:
 def folder_of(name: str, out: Path) -> Path:
     """The run folder of a row."""
     return out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def lacking(name: str, config: TrainConfig, data: Path) -> str:
+    """What a row needs and the prepared data does not have, in words; without it the row would repeat another."""
+    description = json.loads((data / "data.json").read_text(encoding="utf-8"))
+    if config.augment.room_probability > 0 and not description.get("room_envelopes"):
+        return "impulse responses of rooms (prepare --rooms)"
+    if name in ("noise", "without noise") and not any((data / "noise").glob("*.json")):
+        return "noise (prepare --noise)"
+    corpora = {json.loads(path.read_text(encoding="utf-8"))["corpus"] for path in (data / "train").glob("*.json")}
+    for corpus, made_by in ((SYNTHETIC, "prepare --synthetic-hours"), (SPLICED, "splice")):
+        if f"{corpus} speech" in name and corpus not in corpora:
+            return f"{corpus} speech ({made_by})"
+    return ""
 
 
 def score(run: Path, folder: Path, chunk_frames: int) -> list[Decoded]:
@@ -195,6 +209,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for entry in options.also:
             name, _, folder = entry.partition("=")
             known[name], folders[name] = on_other_data(known[names[0]], name, Path(folder)), Path(folder)
+        for name, folder in list(folders.items()):
+            if missing := lacking(name, known[name], folder):
+                print(f"{name}: left out, {folder} has no {missing}", file=sys.stderr)
+                del folders[name]
+        if not folders:
+            raise ConfigError("no row is left to train")
         results, layers = {}, {}
         for name, folder in folders.items():
             run = train_variant(name, known[name], folder, options.out, options.threads, options.start_from)

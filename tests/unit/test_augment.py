@@ -11,6 +11,7 @@ import pytest
 from asr_exit.augment import Augment, AugmentConfig, freq_warp, reverberate, spec_augment, time_warp
 from asr_exit.config import FeatureConfig
 from asr_exit.data import FeatureStore
+from asr_exit.errors import ConfigError
 
 MEAN = np.full(80, -7.0, np.float32)
 
@@ -136,6 +137,8 @@ def test_rooms_are_used_with_their_probability() -> None:
     features, lengths = batch(frames=200, rows=64)
     before = features.copy()
     config = AugmentConfig(room_probability=0.5, freq_masks=0, time_masks_per_second=0.0, gain_nepers=0.0)
+    with pytest.raises(ConfigError, match="--rooms"):
+        Augment(config, MEAN)
     Augment(config, MEAN, room_envelopes=[[0.5, 0.3, 0.2]])(features, lengths, np.random.default_rng(0))
     changed = np.abs(features - before).max(axis=(1, 2)) > 1e-3
     assert 20 <= changed.sum() <= 44
