@@ -119,6 +119,21 @@ def hardened() -> TrainConfig:
     )
 
 
+def diphones() -> TrainConfig:
+    """More of `hardened` with `--start-from MODEL`: two thirds is what `diphones` says; one view."""
+    shares = {"speechocean762": 0.3, "synthetic": 0.2, "an4": 0.3, "spliced": 0.0, "diphones": 0.15}
+    return dataclasses.replace(
+        hardened(),
+        name="diphones",
+        minutes=90.0,
+        seed=3,
+        stages=(Stage(1.0, 6, 130.0, 17.0, True, 1.5e-3),),
+        decay_from=0.4,
+        consistency_weight=0.0,
+        corpus_shares=tuple(shares.items()),
+    )
+
+
 def clean100() -> TrainConfig:
     """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
     return TrainConfig(
@@ -144,5 +159,5 @@ def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[
 
 
 CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
-    f.__name__: f for f in (tiny, mini5, local, continued, deepened, spliced, hardened, clean100, full960)
+    f.__name__: f for f in (tiny, mini5, local, continued, deepened, spliced, hardened, diphones, clean100, full960)
 }

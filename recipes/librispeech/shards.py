@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import soundfile
 import soxr
 
 from asr_exit.config import FeatureConfig
+from asr_exit.data import FRAMES_PER_SECOND
 from asr_exit.features import log_mel
 from recipes.librispeech.corpora import Utterance
 
@@ -138,3 +140,56 @@ def _write_shard(job: ShardJob, speed: float, parts: Sequence[np.ndarray], clips
         "clips": clips,
     }
     write_atomically(job.out_dir / f"{stem}.json", json.dumps(index).encode())
+
+
+def write_corpus(out_dir: Path, corpus: str, made: Iterable[tuple[str, str, np.ndarray]]) -> tuple[int, float]:
+    """Shards of a corpus of (speaker, text, features) in `out_dir`, instead of earlier ones.
+
+    Those stay until all of these are written.
+
+    Returns the number of utterances and their hours.
+    """
+    clips: list[dict[str, object]] = []
+    parts: list[np.ndarray] = []
+    indexes: dict[str, bytes] = {}
+    total = frames = all_frames = 0
+
+    with tempfile.TemporaryDirectory(prefix=f".{corpus}-", dir=out_dir) as waiting:
+
+        def close() -> None:
+            nonlocal clips, parts, frames
+            if not parts:
+                return
+            stem = f"{corpus}-{len(indexes):04d}-x100"
+            features = np.concatenate(parts)
+            index = {"format": 1, "corpus": corpus, "speed": 1.0, "frames": frames, "num_mels": features.shape[1]}
+            write_atomically(Path(waiting, f"{stem}.npy"), features)
+            indexes[stem] = json.dumps({**index, "clips": clips}).encode()
+            clips, parts, frames = [], [], 0
+
+        for speaker, text, features in made:
+            if frames + len(features) > SHARD_FRAMES:
+                close()
+            clip = {"id": f"{corpus}-{total:06d}", "speaker": speaker, "text": text, "start": frames}
+            clips.append({**clip, "frames": len(features)})
+            parts.append(features)
+            frames += len(features)
+            all_frames += len(features)
+            total += 1
+        close()
+        for stale in [*out_dir.glob(f"{corpus}-*.json"), *out_dir.glob(f"{corpus}-*.npy")]:  # indexes first
+            stale.unlink()
+        for stem, index_bytes in indexes.items():
+            Path(waiting, f"{stem}.npy").replace(out_dir / f"{stem}.npy")
+            write_atomically(out_dir / f"{stem}.json", index_bytes)
+    return total, all_frames / FRAMES_PER_SECOND / 3600
+
+
+def add_corpus(data: Path, corpus: str, made: Iterable[tuple[str, str, np.ndarray]]) -> tuple[int, float]:
+    """`write_corpus` to the training shards of what `prepare` wrote, and its line in data.json."""
+    total, hours = write_corpus(data / "train", corpus, made)
+    about = data / "data.json"
+    description = json.loads(about.read_text(encoding="utf-8"))
+    description["train"][corpus] = {"clips": total, "hours": round(hours, 3), "skipped": {}}
+    write_atomically(about, json.dumps(description, indent=1).encode())
+    return total, hours

@@ -13,9 +13,7 @@ missing are borrowed from others. After Lam et al., "On-the-fly aligned data aug
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +26,9 @@ from asr_exit.checkpoint import Model, load
 from asr_exit.data import FRAMES_PER_SECOND, Clip, FeatureStore
 from asr_exit.errors import AsrExitError, ConfigError
 from recipes.librispeech.alignment import Aligned, align, lateness
-from recipes.librispeech.shards import SHARD_FRAMES, write_atomically
+from recipes.librispeech.shards import add_corpus
 from recipes.librispeech.synthesize import read_sentences
-from recipes.librispeech.variants import SPLICED, SYNTHETIC
+from recipes.librispeech.variants import DIPHONES, SPLICED, SYNTHETIC
 
 MIN_WORDS = 5  # of a stretch of text
 OWN_SHARE = 0.75  # of the words of a stretch that the speaker has said; the others are borrowed
@@ -103,7 +101,7 @@ def find_words(model: Model, store: FeatureStore, min_words: int, batch_frames: 
     """
     copies: dict[tuple[str, str], dict[float, Clip]] = defaultdict(dict)
     for clip in store.clips:
-        if clip.corpus not in (SPLICED, SYNTHETIC):  # voices of people only
+        if clip.corpus not in (SPLICED, SYNTHETIC, DIPHONES):  # voices of people only
             copies[clip.corpus, clip.utterance_id][clip.speed] = clip
     whole = [of for of in copies.values() if 1.0 in of]
     spoken: Counter[str] = Counter()
@@ -185,47 +183,6 @@ def compose(
             yield speaker, " ".join(words), np.concatenate(parts)
 
 
-def write_corpus(out_dir: Path, made: Iterator[tuple[str, str, np.ndarray]]) -> tuple[int, float]:
-    """Shards of the corpus in `out_dir`, instead of earlier ones, which stay until all of these are written.
-
-    Returns the number of utterances and their hours.
-    """
-    clips: list[dict[str, object]] = []
-    parts: list[np.ndarray] = []
-    indexes: dict[str, bytes] = {}
-    total = frames = all_frames = 0
-
-    with tempfile.TemporaryDirectory(prefix=f".{SPLICED}-", dir=out_dir) as waiting:
-
-        def close() -> None:
-            nonlocal clips, parts, frames
-            if not parts:
-                return
-            stem = f"{SPLICED}-{len(indexes):04d}-x100"
-            features = np.concatenate(parts)
-            index = {"format": 1, "corpus": SPLICED, "speed": 1.0, "frames": frames, "num_mels": features.shape[1]}
-            write_atomically(Path(waiting, f"{stem}.npy"), features)
-            indexes[stem] = json.dumps({**index, "clips": clips}).encode()
-            clips, parts, frames = [], [], 0
-
-        for speaker, text, features in made:
-            if frames + len(features) > SHARD_FRAMES:
-                close()
-            clip = {"id": f"{SPLICED}-{total:06d}", "speaker": speaker, "text": text, "start": frames}
-            clips.append({**clip, "frames": len(features)})
-            parts.append(features)
-            frames += len(features)
-            all_frames += len(features)
-            total += 1
-        close()
-        for stale in [*out_dir.glob(f"{SPLICED}-*.json"), *out_dir.glob(f"{SPLICED}-*.npy")]:  # indexes first
-            stale.unlink()
-        for stem, index_bytes in indexes.items():
-            Path(waiting, f"{stem}.npy").replace(out_dir / f"{stem}.npy")
-            write_atomically(out_dir / f"{stem}.json", index_bytes)
-    return total, all_frames / FRAMES_PER_SECOND / 3600
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Splice training utterances from words of the recordings.")
@@ -244,11 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         store = FeatureStore(options.data / "train", model.tokenizer)
         voices = find_words(model, store, options.min_words)
         made = compose(store, voices, sentences, options.hours, options.seed)
-        total, hours = write_corpus(options.data / "train", made)
-        about = options.data / "data.json"
-        description = json.loads(about.read_text(encoding="utf-8"))
-        description["train"][SPLICED] = {"clips": total, "hours": round(hours, 3), "skipped": {}}
-        write_atomically(about, json.dumps(description, indent=1).encode())
+        total, hours = add_corpus(options.data, SPLICED, made)
     except AsrExitError as error:
         sys.exit(f"splice: {error}")
     except OSError as error:

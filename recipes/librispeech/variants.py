@@ -10,8 +10,8 @@ from asr_exit.augment import AugmentConfig
 from asr_exit.schedule import Stage, TrainConfig
 from recipes.librispeech.configs import hardened, local
 
-# what `prepare` and `splice` add to the recordings
-SYNTHETIC, SPLICED = "synthetic", "spliced"
+# what `prepare`, `splice` and `diphones` add to the recordings
+SYNTHETIC, SPLICED, DIPHONES = "synthetic", "spliced", "diphones"
 
 
 def _model(config: TrainConfig, **changes: object) -> TrainConfig:

@@ -9,6 +9,7 @@ import soundfile
 
 RATE_HERTZ = 16_000
 LETTER_SECONDS = 0.1
+LETTER_FRAMES = LETTER_SECONDS * 100  # feature frames
 SENTENCES = (
     "a cat sat on the mat",
     "the dog ran to the red barn",

@@ -6,62 +6,19 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from asr_exit.checkpoint import Model, load
+from asr_exit.checkpoint import Model
 from asr_exit.data import FeatureStore
-from asr_exit.features import log_mel
-from asr_exit.tokenizer import BLANK_ID
-from recipes.librispeech import alignment, bundle, splice
+from recipes.librispeech import shards, splice
 from recipes.librispeech.alignment import Aligned, lateness, token_frames
-from tests.recipes.sine import LETTER_SECONDS, SENTENCES, speak
+from tests.recipes.sine import LETTER_FRAMES, SENTENCES
 
 NEW = ("the red cat sat on the street", "ten dog men can see the moon at dawn", "read no note in the dry barn")
-
-
-LETTER_FRAMES = LETTER_SECONDS * 100
-LATE = 12  # feature frames by which the model of these tests shows its tokens late
-
-
-@pytest.fixture(scope="module")
-def model_file(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    bundle.main(["--run", str(tiny_run), "--out", str(out)])
-    return out
-
-
-@pytest.fixture
-def model(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """Its posteriors are made by hand: a model of eight sentences knows them by heart and hears no words."""
-    loaded = load(model_file)
-    known = {text: log_mel(speak(text), loaded.config.features) for text in SENTENCES}
-
-    def text_of(mel: np.ndarray) -> str:
-        fitting = [text for text, clean in known.items() if len(clean) == len(mel)]
-        return min(fitting, key=lambda text: float(np.abs(known[text] - mel).mean()))
-
-    def show(_: Model, features: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [spikes(loaded, text_of(mel), len(mel)) for mel in features]
-
-    monkeypatch.setattr(alignment, "offline_log_probs", show)
-    return loaded
-
-
-def spikes(model: Model, text: str, frames: int) -> np.ndarray:
-    """Log-posteriors in which each piece shows `LATE` frames after the middle of its letters."""
-    factor, at = model.config.subsampling, -1  # the mark of the first word is the silence before it
-    probabilities = np.full((-(-frames // factor), model.config.vocab_size), 1e-4)
-    probabilities[:, BLANK_ID] = 1.0
-    for token in model.tokenizer.encode(text):
-        letters = len(model.pieces[token])
-        frame = int((LETTER_FRAMES * (1 + at + letters / 2) + LATE) / factor)
-        probabilities[min(len(probabilities) - 1, frame), [BLANK_ID, token]] = 1e-4, 1.0
-        at += letters
-    return np.log(probabilities / probabilities.sum(axis=1, keepdims=True))
 
 
 def sounding(text: str) -> list[tuple[float, float]]:
@@ -158,16 +115,16 @@ def test_a_failure_half_way_leaves_the_earlier_shards(tmp_path: Path) -> None:
         if fails:
             raise OSError(28, "No space left on device")
 
-    def shards() -> dict[str, bytes]:
+    def files() -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    assert splice.write_corpus(tmp_path, utterances(3, fails=False)) == (3, 2.5)
-    before = shards()
+    assert shards.write_corpus(tmp_path, "spliced", utterances(3, fails=False)) == (3, 2.5)
+    before = files()
     with pytest.raises(OSError, match="No space"):
-        splice.write_corpus(tmp_path, utterances(2, fails=True))
-    assert shards() == before
-    splice.write_corpus(tmp_path, utterances(2, fails=False))  # fewer: none of the earlier ones stays
-    assert sorted(shards()) == sorted(f"spliced-000{i}-x100.{kind}" for i in (0, 1) for kind in ("json", "npy"))
+        shards.write_corpus(tmp_path, "spliced", utterances(2, fails=True))
+    assert files() == before
+    shards.write_corpus(tmp_path, "spliced", utterances(2, fails=False))  # fewer: none of the earlier ones stays
+    assert sorted(files()) == sorted(f"spliced-000{i}-x100.{kind}" for i in (0, 1) for kind in ("json", "npy"))
     assert FeatureStore(tmp_path).features(FeatureStore(tmp_path).clips[1])[0, 0] == 2
 
 
