@@ -120,15 +120,16 @@ def hardened() -> TrainConfig:
 
 
 def diphones() -> TrainConfig:
-    """More of `hardened` with `--start-from MODEL`: two thirds is what `diphones` says; one view."""
+    """More of `hardened` with `--start-from MODEL`: two thirds is what `diphones` says; one view; more for exit 2."""
     shares = {"speechocean762": 0.3, "synthetic": 0.2, "an4": 0.3, "spliced": 0.0, "diphones": 0.15}
     return dataclasses.replace(
         hardened(),
         name="diphones",
-        minutes=90.0,
+        minutes=64.0,
         seed=3,
         stages=(Stage(1.0, 6, 130.0, 17.0, True, 1.5e-3),),
         decay_from=0.4,
+        exit_weights=(2.0, 1.0, 1.0, 1.2, 1.4, 2.0),
         consistency_weight=0.0,
         corpus_shares=tuple(shares.items()),
     )
