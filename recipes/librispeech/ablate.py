@@ -33,7 +33,7 @@ from asr_exit.schedule import TrainConfig
 from asr_exit.tokenizer import Tokenizer
 from asr_exit.validation import Decoded, decode_exits, held_out_batches
 from asr_exit.warm_start import warm_start
-from recipes.librispeech.variants import SPLICED, SYNTHETIC, going_on, variants
+from recipes.librispeech.variants import DIPHONES, SPLICED, SYNTHETIC, going_on, variants
 
 
 def train_variant(
@@ -86,9 +86,13 @@ def lacking(name: str, config: TrainConfig, data: Path) -> str:
     if name in ("noise", "without noise") and not any((data / "noise").glob("*.json")):
         return "noise (prepare --noise)"
     corpora = {json.loads(path.read_text(encoding="utf-8"))["corpus"] for path in (data / "train").glob("*.json")}
-    for corpus, made_by in ((SYNTHETIC, "prepare --synthetic-hours"), (SPLICED, "splice")):
-        if f"{corpus} speech" in name and corpus not in corpora:
-            return f"{corpus} speech ({made_by})"
+    for corpus, speech, made_by in (
+        (SYNTHETIC, "synthetic speech", "prepare --synthetic-hours"),
+        (SPLICED, "spliced speech", "splice"),
+        (DIPHONES, "diphone speech", "diphones"),
+    ):
+        if speech in name and corpus not in corpora:
+            return f"{speech} ({made_by})"
     return ""
 
 

@@ -10,7 +10,7 @@ from asr_exit.config import ModelConfig
 from asr_exit.schedule import Stage, TrainConfig
 
 LIBRISPEECH_MODEL = ModelConfig()
-CORPUS_SHARES = (("speechocean762", 0.6), ("synthetic", 0.4), ("an4", 0.5), ("spliced", 0.4))
+CORPUS_SHARES = (("speechocean762", 0.6), ("synthetic", 0.4), ("an4", 0.5), ("spliced", 0.4), ("diphones", 0.15))
 
 
 def tiny() -> TrainConfig:

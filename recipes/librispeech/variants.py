@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 
 from asr_exit.augment import AugmentConfig
 from asr_exit.schedule import Stage, TrainConfig
-from recipes.librispeech.configs import hardened, local
+from recipes.librispeech.configs import diphones, local
 
 # what `prepare`, `splice` and `diphones` add to the recordings
 SYNTHETIC, SPLICED, DIPHONES = "synthetic", "spliced", "diphones"
+NO_MADE_SPEECH = {SYNTHETIC: 0.0, SPLICED: 0.0, DIPHONES: 0.0}
 
 
 def _model(config: TrainConfig, **changes: object) -> TrainConfig:
@@ -42,7 +43,7 @@ def plain(hours: float, layers: int = 12) -> TrainConfig:
         name="plain",
         model=dataclasses.replace(base.model, self_conditioning=False, conv_lookahead=False),
         augment=nothing,
-        corpus_shares=((SYNTHETIC, 0.0), (SPLICED, 0.0)),
+        corpus_shares=tuple(NO_MADE_SPEECH.items()),
         speeds=(1.0,),
         chunk_weights=((8, 1.0),),
         shallow_probability=0.0,
@@ -63,8 +64,9 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
     "time warp": lambda c: _augment(c, time_warp=0.15),
     "noise": lambda c: _augment(c, noise_probability=0.2),
     "reverberation": lambda c: _augment(c, room_probability=0.2),
-    "synthetic speech": _set(corpus_shares=((SPLICED, 0.0),)),
-    "spliced speech": _set(corpus_shares=((SYNTHETIC, 0.0), (SPLICED, 0.4))),
+    "synthetic speech": lambda c: _shares(c, synthetic=1.0),
+    "spliced speech": lambda c: _shares(c, spliced=0.4),
+    "diphone speech": lambda c: _shares(c, diphones=0.15),
     "exit weights (deep)": lambda c: dataclasses.replace(c, exit_weights=(*_ones(c)[:-1], 3.0)),
     "exit weights (shallow)": lambda c: dataclasses.replace(c, exit_weights=(3.0, *_ones(c)[1:])),
     "CR-CTC": lambda c: _augment(
@@ -100,13 +102,13 @@ WITHOUT: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
     "time warp": lambda c: _augment(c, time_warp=0.0),
     "noise": lambda c: _augment(c, noise_probability=0.0),
     "synthetic speech": lambda c: _shares(c, synthetic=0.0),
-    "spliced speech": lambda c: _shares(c, spliced=0.0),
-    "CR-CTC (one view)": _set(consistency_weight=0.0),
+    "diphone speech": lambda c: _shares(c, diphones=0.0),
     "sorted training": _set(shallow_probability=0.0),
     "random depth": _set(random_depth_probability=0.0),
 }
 # What it was not trained with, each added; the rest of METHODS changes the shape of the weights
 ADDED = (
+    "spliced speech",
     "dynamic left context",
     "reverberation",
     "exit weights (deep)",
@@ -142,7 +144,7 @@ def going_on(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
 
     The learning rate is high enough to unlearn for the first third of the run, then falls.
     """
-    trained = hardened()
+    trained = diphones()
     model = dataclasses.replace(trained.model, num_layers=layers)
     stages = (Stage(1.0, model.num_exits, 80.0, 17.0, True, 1.2e-3),)
     run = {"stages": stages, "minutes": None, "hours": hours, "decay_from": 0.3, "exit_weights": (), "ema_decay": 0.99}
@@ -155,6 +157,7 @@ def going_on(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
         "everything": everything,
         **{f"without {name}": change(everything) for name, change in WITHOUT.items()},
         **{f"with {name}": METHODS[name](everything) for name in ADDED},
+        "with CR-CTC": _set(consistency_weight=0.2)(everything),  # the masks are those of METHODS already
         **{f"with {name}": config for name, config in fill.items()},
         "plain": nothing,
     }
@@ -183,11 +186,10 @@ def dedicated(base: TrainConfig, layers: int) -> TrainConfig:
 def variants(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
     """Every row of the table, in order, at equal hours of audio seen; dedicated models of 2, half and all layers."""
     baseline = plain(hours, layers)
-    with_spliced = short(local(), layers, hours)
-    shares = {**dict(with_spliced.corpus_shares), SPLICED: 0.0}
-    everything = dataclasses.replace(with_spliced, corpus_shares=tuple(shares.items()))
+    everything = _shares(short(local(), layers, hours), spliced=0.0, diphones=0.0)
     rows = {"plain": baseline, **{name: change(baseline) for name, change in METHODS.items()}, "local": everything}
     rows["local with CR-CTC"] = METHODS["CR-CTC"](everything)
-    rows["local with CR-CTC and spliced speech"] = METHODS["CR-CTC"](with_spliced)
+    rows["local with CR-CTC and spliced speech"] = METHODS["spliced speech"](rows["local with CR-CTC"])
+    rows["local with diphone speech"] = METHODS["diphone speech"](everything)
     rows |= {f"dedicated {n} layers": dedicated(everything, n) for n in sorted({2, layers // 2, layers})}
     return {name: dataclasses.replace(config, name=name) for name, config in rows.items()}

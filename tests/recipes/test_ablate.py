@@ -74,11 +74,15 @@ def test_variants_are_trained_once_and_tabled(
 def test_rows_that_the_data_cannot_make_are_left_out(data: Path, tmp_path: Path) -> None:
     rows = {**variants(30.0, 4), **going_on(8.0, 4)}
     left_out = {name for name, config in rows.items() if ablate.lacking(name, config, data)}
-    ours = {"noise", "reverberation", "synthetic speech", "spliced speech"}
-    with_or_without = {f"without {name}" for name in ours - {"reverberation"}} | {"with reverberation"}
+    ours = {"noise", "reverberation", "synthetic speech", "spliced speech", "diphone speech"}
+    added = {"reverberation", "spliced speech"}
+    with_or_without = {f"without {name}" for name in ours - added} | {f"with {name}" for name in added}
     with pytest.raises(SystemExit, match="no row is left"):
         ablate.main(["--data", str(data), "--out", str(tmp_path), "--hours", "30", "--layers", "4", "--only", "noise"])
-    assert left_out == ours | with_or_without | {"local with CR-CTC and spliced speech"}
+    assert left_out == ours | with_or_without | {
+        "local with CR-CTC and spliced speech",
+        "local with diphone speech",
+    }
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a.json").write_text(json.dumps({"corpus": "synthetic"}))
     (tmp_path / "data.json").write_text(json.dumps({"room_envelopes": [[1.0]]}))
