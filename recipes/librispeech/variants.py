@@ -142,6 +142,8 @@ def short(config: TrainConfig, layers: int, hours: float) -> TrainConfig:
 def going_on(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
     """Rows that go on from a trained model: with all of its methods, with each left out or one added, and plain.
 
+    Then models of 2, half and all layers of which only the last exit counts: the seed paper's comparison.
+
     The learning rate is high enough to unlearn for the first third of the run, then falls.
     """
     trained = diphones()
@@ -160,8 +162,19 @@ def going_on(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
         "with CR-CTC": _set(consistency_weight=0.2)(everything),  # the masks are those of METHODS already
         **{f"with {name}": config for name, config in fill.items()},
         "plain": nothing,
+        **{f"dedicated {n} layers": _last_exit_only(everything, n) for n in sorted({2, layers // 2, layers})},
     }
     return {name: dataclasses.replace(config, name=name) for name, config in rows.items()}
+
+
+def _last_exit_only(config: TrainConfig, layers: int) -> TrainConfig:
+    """`config` for the first `layers` layers; the exits before their last one feed deeper layers and learn nothing."""
+    model = dataclasses.replace(config.model, num_layers=layers)
+    weights = (*(1e-6,) * (model.num_exits - 1), 1.0)
+    stages = tuple(dataclasses.replace(stage, segments=model.num_exits) for stage in config.stages)
+    return dataclasses.replace(
+        config, model=model, stages=stages, exit_weights=weights, shallow_probability=0.0, random_depth_probability=0.0
+    )
 
 
 def _until(stage: Stage, until: float) -> Stage:
