@@ -88,6 +88,7 @@ class ModelConfig:
     conv_lookahead: bool = True  # the convolution sees to the end of its chunk; False: causal
     self_conditioning: bool = True
     handover_gain: bool = False  # a learned scale on the state between segments; lets deep segments fall idle
+    labels_per_frame: int = 1  # that an exit writes per encoder frame: CTC finer than the frames that are attended
     head_hidden: tuple[int, ...] = ()  # per exit the width of a hidden layer in its head, 0 = none; empty: none
 
     def __post_init__(self) -> None:
@@ -95,6 +96,10 @@ class ModelConfig:
         require(self.num_layers % self.exit_every == 0, "num_layers must be a multiple of exit_every")
         require(self.conv_kernel % 2 == 1, "conv_kernel must be odd")
         require(self.subsampling in (2, 4, 8), "subsampling must be 2, 4 or 8")
+        require(
+            self.labels_per_frame >= 1 and self.subsampling % self.labels_per_frame == 0,
+            "labels_per_frame must divide subsampling: a label stands for whole feature frames",
+        )
         require(self.vocab_size >= 2, "vocab_size must hold the blank and at least one piece")
         object.__setattr__(self, "head_hidden", tuple(self.head_hidden))
         require(
@@ -131,6 +136,16 @@ class ModelConfig:
     @property
     def frame_ms(self) -> float:
         return 1000.0 * self.samples_per_frame / self.features.sample_rate_hertz
+
+    @property
+    def features_per_label(self) -> int:
+        """Feature frames that one CTC label stands for."""
+        return self.subsampling // self.labels_per_frame
+
+    @property
+    def label_ms(self) -> float:
+        """Audio that one CTC label stands for."""
+        return self.frame_ms / self.labels_per_frame
 
     def chunk_frames(self, chunk_ms: float) -> int:
         """Encoder frames of a chunk of `chunk_ms` milliseconds.

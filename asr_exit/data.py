@@ -114,7 +114,9 @@ class FeatureStore:
         return self.shards[clip.shard][clip.start : clip.start + clip.frames]
 
 
-def plan_epoch(clips: Sequence[Clip], plan: BatchPlan, subsampling: int, seed: int, epoch: int) -> list[list[Clip]]:
+def plan_epoch(
+    clips: Sequence[Clip], plan: BatchPlan, features_per_label: int, seed: int, epoch: int
+) -> list[list[Clip]]:
     """Batches of one pass: every utterance once, at a random speed, among neighbours of nearly its length.
 
     Utterances outside the plan's lengths, or with more tokens than CTC can place, are left out.
@@ -136,7 +138,7 @@ def plan_epoch(clips: Sequence[Clip], plan: BatchPlan, subsampling: int, seed: i
                 continue
         clip = copies[int(rng.integers(len(copies)))]
         keep = rng.random() < shares.get(clip.corpus, 1.0)
-        if keep and low <= clip.frames <= high and _placeable(clip, subsampling):
+        if keep and low <= clip.frames <= high and _placeable(clip, features_per_label):
             drawn.append(clip)
     if not drawn:
         raise ConfigError(f"no clip lasts {plan.min_seconds:g}-{plan.max_seconds:g} s; widen the limits of the stage")
@@ -156,10 +158,10 @@ def plan_epoch(clips: Sequence[Clip], plan: BatchPlan, subsampling: int, seed: i
     return [batches[index] for index in rng.permutation(len(batches))]
 
 
-def _placeable(clip: Clip, subsampling: int) -> bool:
+def _placeable(clip: Clip, features_per_label: int) -> bool:
     """Whether CTC has a frame for every token, and one more between equal neighbours."""
     repeats = sum(a == b for a, b in zip(clip.tokens, clip.tokens[1:], strict=False))
-    return 0 < len(clip.tokens) + repeats <= -(-clip.frames // subsampling)
+    return 0 < len(clip.tokens) + repeats <= -(-clip.frames // features_per_label)
 
 
 # (B, F, M) in place, (B,) lengths, rng, views: the later rows are copies of the first B / views and must stay aligned
@@ -213,7 +215,7 @@ class BatchStream:
         plan: BatchPlan,
         fill: np.ndarray,
         *,
-        subsampling: int,
+        features_per_label: int,
         seed: int,
         start: Position,
         augment: Augmenter | None = None,
@@ -224,7 +226,7 @@ class BatchStream:
         """Of every `world` batches in a row this stream yields number `rank`; an incomplete last group is left out."""
         self._rank, self._world = rank, world
         self._store, self._plan, self._fill, self._augment = store, plan, fill, augment
-        self._subsampling, self._seed, self._start = subsampling, seed, start
+        self._features_per_label, self._seed, self._start = features_per_label, seed, start
         self._queue: queue.Queue[tuple[Batch, Position] | BaseException] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill_queue, name="batches", daemon=True)
@@ -258,7 +260,7 @@ class BatchStream:
         try:
             epoch, first = self._start.epoch, self._start.batch
             while True:
-                batches = plan_epoch(self._store.clips, self._plan, self._subsampling, self._seed, epoch)
+                batches = plan_epoch(self._store.clips, self._plan, self._features_per_label, self._seed, epoch)
                 if len(batches) < self._world:
                     raise ConfigError(f"{len(batches)} batches are too few for {self._world} processes")
                 for group in range(first, len(batches) - self._world + 1, self._world):

@@ -1,6 +1,7 @@
 """The early-exit encoder: subsampling, segments of Conformer blocks, and an exit head after each segment.
 
-Shapes: B batch, T encoder frames, D model dimension, V vocabulary. A segment is the layers between two exits.
+Shapes: B batch, T encoder frames, D model dimension, V vocabulary, L = T * `labels_per_frame` labels. A segment is the
+layers between two exits.
 """
 
 from __future__ import annotations
@@ -23,24 +24,30 @@ from asr_exit.conv import ConvSubsampling
 class EncoderOutput:
     """What an offline pass returns."""
 
-    logits: list[Tensor]  # per exit (B, T, V); empty when depth was given per chunk
-    lengths: Tensor  # (B,) encoder frames of each utterance
-    mixed_logits: Tensor | None = None  # (B, T, V): every chunk's logits at its own exit
+    logits: list[Tensor]  # per exit (B, L, V); empty when depth was given per chunk
+    lengths: Tensor  # (B,) labels of each utterance, blanks counted
+    mixed_logits: Tensor | None = None  # (B, L, V): every chunk's logits at its own exit
 
 
 class ExitHead(nn.Module):
-    """Normalisation and linear CTC layer, with a hidden layer in between where shallow states need one (LGViT)."""
+    """Normalisation and linear CTC layer, with a hidden layer in between where shallow states need one (LGViT).
 
-    def __init__(self, d_model: int, vocab_size: int, hidden: int = 0) -> None:
+    A frame may write several labels in a row: CTC needs one for every piece, and more of them than there are frames
+    where speech is fast and its words are spelled in small pieces.
+    """
+
+    def __init__(self, d_model: int, vocab_size: int, hidden: int = 0, labels_per_frame: int = 1) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
         self.hidden = nn.Linear(d_model, hidden) if hidden else None
-        self.out = nn.Linear(hidden or d_model, vocab_size)
+        self.out = nn.Linear(hidden or d_model, labels_per_frame * vocab_size)
+        self.vocab_size = vocab_size
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, V) logits."""
+        """(B, T, D) -> (B, L, V) logits."""
         x = self.norm(x)
-        return self.out(x if self.hidden is None else nn.functional.silu(self.hidden(x)))
+        x = self.out(x if self.hidden is None else nn.functional.silu(self.hidden(x)))
+        return x if x.shape[-1] == self.vocab_size else x.reshape(x.shape[0], -1, self.vocab_size)
 
     def macs_per_frame(self) -> int:
         """Multiply-accumulates per frame."""
@@ -63,8 +70,9 @@ class Segment(nn.Module):
             "list[ConformerBlock]", nn.ModuleList(ConformerBlock(config) for _ in range(config.exit_every))
         )
         hidden = config.head_hidden[index] if config.head_hidden else 0
-        self.head = ExitHead(config.d_model, config.vocab_size, hidden)
-        self.feedback = nn.Linear(config.vocab_size, config.d_model) if config.self_conditioning and not last else None
+        self.head = ExitHead(config.d_model, config.vocab_size, hidden, config.labels_per_frame)
+        posteriors = config.labels_per_frame * config.vocab_size
+        self.feedback = nn.Linear(posteriors, config.d_model) if config.self_conditioning and not last else None
         self.gain = nn.Parameter(torch.ones(())) if config.handover_gain and not last else None
         self.last = last
 
@@ -77,12 +85,15 @@ class Segment(nn.Module):
         hole: bool = False,
         want_logits: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> the next segment's input (B, T, D), and the exit's logits (B, T, V) if wanted."""
+        """(B, T, D) -> the next segment's input (B, T, D), and the exit's logits (B, L, V) if wanted."""
         for index, layer in enumerate(self.layers):
             x = layer(x, context, None if states is None else states[index], gate, hole)
         logits = self.head(x) if want_logits or self.feedback is not None else None
         if self.feedback is not None and logits is not None:
-            fed_back = self.feedback(logits.softmax(dim=-1))
+            posteriors = logits.softmax(dim=-1)
+            if posteriors.shape[-1] != self.feedback.in_features:
+                posteriors = posteriors.reshape(x.shape[0], -1, self.feedback.in_features)
+            fed_back = self.feedback(posteriors)
             x = x + (fed_back if gate is None else gate * fed_back)
         if not self.last:
             x = nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
@@ -187,8 +198,9 @@ class Encoder(nn.Module):
             if depth is None:
                 logits.append(exit_logits)
             else:
-                mixed = exit_logits if mixed is None else torch.where(depth > index, exit_logits, mixed)
-        return EncoderOutput(logits, lengths, mixed)
+                deep = (depth > index).repeat_interleave(self.config.labels_per_frame, dim=1)
+                mixed = exit_logits if mixed is None else torch.where(deep, exit_logits, mixed)
+        return EncoderOutput(logits, lengths * self.config.labels_per_frame, mixed)
 
 
 @contextmanager

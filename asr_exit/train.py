@@ -292,7 +292,7 @@ class Trainer:
             self.store,
             config.plan(stage),
             self.mean,
-            subsampling=config.model.subsampling,
+            features_per_label=config.model.features_per_label,
             seed=config.seed + 1000 * progress.stage,
             start=progress.position,
             augment=self.augment if stage.augment else None,

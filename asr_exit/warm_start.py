@@ -7,12 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from asr_exit.encoder import Encoder, Segment
 from asr_exit.errors import ConfigError
+from asr_exit.tokenizer import BLANK_ID
 
-_MAY_DIFFER = ("num_layers", "handover_gain", "self_conditioning", "conv_lookahead", "head_hidden")
+_MAY_DIFFER = (
+    "num_layers",
+    "handover_gain",
+    "self_conditioning",
+    "conv_lookahead",
+    "head_hidden",
+    "labels_per_frame",
+)
+_BLANK_BIAS = 9.0  # of labels that the source does not write, over the others
 
 
 def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
@@ -21,7 +30,8 @@ def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
     Deeper segments keep their random weights, so do exit heads of another size and a feedback that the source lacks;
     the feature statistics are those of the training data. Gains at the hand-over that only the source has are folded
     into the weights that follow them, so that the function is the same; without its feedback, or with the
-    convolution's other reach, it is near.
+    convolution's other reach, it is near. Where a frame writes more labels than in the source, the first ones are the
+    source's and the others begin as blanks.
 
     Raises:
         ConfigError: the two differ in more than depth, hand-over, feedback, exit heads and the convolution's reach.
@@ -38,10 +48,27 @@ def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
     encoder.subsampling.load_state_dict(source.subsampling.state_dict())
     gain = 1.0
     for own, other in zip(encoder.segments[:segments], source.segments, strict=False):
-        _copy(own, other.state_dict())
+        _copy(own, _with_labels(own, other))
         if own.gain is None:
             _divide_branches(own, gain)
             gain = 1.0 if other.gain is None else other.gain.item()
+
+
+def _with_labels(segment: Segment, source: Segment) -> dict[str, Tensor]:
+    """The source's weights; with the rows of further labels in its head, and columns for them in its feedback."""
+    state = source.state_dict()
+    weight, bias = state["head.out.weight"], state["head.out.bias"]
+    vocab, more = segment.head.vocab_size, len(segment.head.out.bias) - len(bias)
+    if more <= 0 or segment.head.vocab_size != source.head.vocab_size:
+        return state
+    blank = torch.zeros(more)
+    blank[BLANK_ID::vocab] = _BLANK_BIAS
+    state["head.out.weight"] = torch.cat((weight, weight.new_zeros(more, weight.shape[1])))
+    state["head.out.bias"] = torch.cat((bias, blank.to(bias)))
+    if segment.feedback is not None and "feedback.weight" in state:
+        columns = state["feedback.weight"]
+        state["feedback.weight"] = torch.cat((columns, columns.new_zeros(len(columns), more)), dim=1)
+    return state
 
 
 def _copy(segment: Segment, state: Mapping[str, Any]) -> None:

@@ -135,6 +135,20 @@ def diphones() -> TrainConfig:
     )
 
 
+def finer() -> TrainConfig:
+    """More of `diphones` with `--start-from MODEL`: two labels per frame give fast speech room; milder masks."""
+    return dataclasses.replace(
+        diphones(),
+        name="finer",
+        model=dataclasses.replace(LIBRISPEECH_MODEL, labels_per_frame=2),
+        minutes=62.0,
+        seed=4,
+        augment=dataclasses.replace(
+            diphones().augment, time_masks_per_second=0.6, time_mask_frames=25, time_masked_share=0.25
+        ),
+    )
+
+
 def clean100() -> TrainConfig:
     """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
     return TrainConfig(
@@ -160,5 +174,6 @@ def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[
 
 
 CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
-    f.__name__: f for f in (tiny, mini5, local, continued, deepened, spliced, hardened, diphones, clean100, full960)
+    f.__name__: f
+    for f in (tiny, mini5, local, continued, deepened, spliced, hardened, diphones, finer, clean100, full960)
 }

@@ -72,7 +72,9 @@ def test_collate_pads_with_the_fill(store: FeatureStore) -> None:
 
 
 def take(store: FeatureStore, count: int, start: Position, **options: int) -> list[tuple[object, Position]]:
-    stream = BatchStream(store, BatchPlan(batch_seconds=12.0), FILL, subsampling=4, seed=3, start=start, **options)
+    stream = BatchStream(
+        store, BatchPlan(batch_seconds=12.0), FILL, features_per_label=4, seed=3, start=start, **options
+    )
     taken = []
     with stream as batches:
         for batch, position in batches:
@@ -105,7 +107,7 @@ def test_unfinished_or_damaged_shards(tmp_path: Path) -> None:
 
 def test_loader_errors_reach_the_reader(store: FeatureStore) -> None:
     stream = BatchStream(
-        store, BatchPlan(min_seconds=90.0, max_seconds=99.0), FILL, subsampling=4, seed=0, start=Position()
+        store, BatchPlan(min_seconds=90.0, max_seconds=99.0), FILL, features_per_label=4, seed=0, start=Position()
     )
     with stream as batches, pytest.raises(ConfigError):
         next(iter(batches))
