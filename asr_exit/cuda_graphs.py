@@ -100,7 +100,7 @@ class SegmentGraphs:
     def run(self, segment: int, states: Tensor, context: FrameContext, index: BatchIndex) -> Outputs:
         """One segment for (B, T, D) `states` with what `CachePool.begin` gave for as many rows of T frames.
 
-        Returns (B, T, D) for the next segment, and the exit's logits (B, T, V). Both hold until the next replay, which
+        Returns (B, T, D) for the next segment, and the exit's logits (B, L, V). Both hold until the next replay, which
         is after the next call has read its `states`.
         """
         given, shape = _Inputs(states, context, index), (states.shape[0], states.shape[1])

@@ -90,15 +90,20 @@ class Segment(nn.Module):
             x = layer(x, context, None if states is None else states[index], gate, hole)
         logits = self.head(x) if want_logits or self.feedback is not None else None
         if self.feedback is not None and logits is not None:
-            posteriors = logits.softmax(dim=-1)
-            if posteriors.shape[-1] != self.feedback.in_features:
-                posteriors = posteriors.reshape(x.shape[0], -1, self.feedback.in_features)
-            fed_back = self.feedback(posteriors)
+            fed_back = self.fed_back(logits)
             x = x + (fed_back if gate is None else gate * fed_back)
         if not self.last:
             x = nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
             x = x if self.gain is None else x * self.gain.to(x.dtype)
         return x, logits
+
+    def fed_back(self, logits: Tensor) -> Tensor:
+        """What an exit's (B, L, V) logits add to the state that deeper segments read, (B, T, D)."""
+        assert self.feedback is not None
+        posteriors = logits.softmax(dim=-1)
+        if posteriors.shape[-1] != self.feedback.in_features:  # a frame's labels side by side
+            posteriors = posteriors.reshape(len(posteriors), -1, self.feedback.in_features)
+        return self.feedback(posteriors)
 
     def propagate(
         self, x: Tensor, context: FrameContext, states: Sequence[LayerState], last: Tensor | None = None

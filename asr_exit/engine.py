@@ -58,7 +58,7 @@ class Engine:
         cost = self.macs.cost_model(chunk_frames, self.seconds_per_mac)
         budget = DepthBudget(options.budget, cost, self.config.exit_layers, target=options.policy.adjustable)
         pieces, tokenizer = self.model.pieces, getattr(self.model, "tokenizer", None)  # devices have no tokenizer
-        captions = Captions(make_decoder(options, pieces, tokenizer), pieces, self.config.frame_ms)
+        captions = Captions(make_decoder(options, pieces, tokenizer), pieces, self.config.label_ms)
         slot = self.backend.acquire()  # nothing below may fail, or the slot would be lost
         if slot is None:
             raise CapacityError(f"all {self.slots} slots are in use; retry later or serve with more slots")

@@ -1,7 +1,7 @@
 """What an exit says about a chunk, computed on the device in one go and brought to the host in one transfer.
 
 The host side needs no torch, because devices run it, too; `score` and `summarise` are called by torch code only.
-Shapes: B streams, T frames, V vocabulary.
+Shapes: B streams, T frames, L labels, a whole number for each frame, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNJUDGED = Evidence(math.nan, math.nan, math.nan, math.nan, math.nan)  # stops n
 class ExitScores(NamedTuple):
     """One chunk's answer at one exit, on the host."""
 
-    ids: np.ndarray  # (T,) as in `FrameScores`, like the next two
+    ids: np.ndarray  # (L,) as in `FrameScores`, like the next two
     max_log_prob: np.ndarray
     log_probs: np.ndarray | None
     evidence: Evidence
@@ -60,10 +60,10 @@ def score(
     Only what is needed per frame is computed on the device; means over frames are cheaper on the host.
 
     Args:
-        logits: (B, T, V) of this exit. before, after: (B, T, D) hidden states around the segment; `before` None = no
+        logits: (B, L, V) of this exit. before, after: (B, T, D) hidden states around the segment; `before` None = no
             policy looks at `Evidence.similarity`, which is then not a number.
         previous: per stream what the exit before said about this chunk, or None.
-        want_log_probs: also bring (T, V) log-posteriors to the host (beam search needs them).
+        want_log_probs: also bring (L, V) log-posteriors to the host (beam search needs them).
         want_evidence: a policy will look at it. False saves most of this function's time; evidence is then `UNJUDGED`.
         frames: (B,) real frames of each stream, the most of which is T; None = all T.
     """
@@ -81,12 +81,16 @@ def score(
     found = _to_host(columns)
     judge = partial(_judge, vocab=logits.shape[-1], want_log_probs=want_log_probs, want_evidence=want_evidence)
     lengths = set() if frames is None else set(frames.tolist())
-    if len(lengths) < 2:
+    if frames is None or len(lengths) < 2:
         return judge(found, previous)
+    longest = int(frames.max())
     scores: dict[int, ExitScores] = {}
     for length in lengths:
         rows = np.flatnonzero(frames == length)
-        ours = judge([values[rows, :length] for values in found], [previous[row] for row in rows.tolist()])
+        ours = judge(
+            [values[rows, : values.shape[1] // longest * length] for values in found],
+            [previous[row] for row in rows.tolist()],
+        )
         scores.update(zip(rows.tolist(), ours, strict=True))
     return [scores[row] for row in range(len(scores))]
 
@@ -128,7 +132,7 @@ def _to_host(columns: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def _texts(labels: np.ndarray) -> list[bytes]:
-    """(B, T) labels -> per stream the bytes of its collapsed ones."""
+    """(B, L) labels -> per stream the bytes of its collapsed ones."""
     keep = labels != BLANK
     keep[:, 1:] &= labels[:, 1:] != labels[:, :-1]
     kept, width = labels[keep].tobytes(), labels.itemsize
@@ -136,10 +140,10 @@ def _texts(labels: np.ndarray) -> list[bytes]:
     return [kept[start * width : end * width] for start, end in pairwise(ends)]
 
 
-def unpack(row: np.ndarray, num_frames: int, earlier: ExitScores | None, log_probs: np.ndarray | None) -> ExitScores:
-    """One chunk's numbers as a graph leaves them: summary (or nothing), (T,) best pieces, (T,) log-posteriors."""
-    first = len(row) - 2 * num_frames
-    best, top = row[first : first + num_frames].astype(np.int64), row[first + num_frames :]
+def unpack(row: np.ndarray, num_labels: int, earlier: ExitScores | None, log_probs: np.ndarray | None) -> ExitScores:
+    """One chunk's numbers as a graph leaves them: summary (or nothing), (L,) best pieces, (L,) log-posteriors."""
+    first = len(row) - 2 * num_labels
+    best, top = row[first : first + num_labels].astype(np.int64), row[first + num_labels :]
     if not first:
         return ExitScores(best, top, log_probs, UNJUDGED)
     text, known = collapse(best).tobytes(), earlier and earlier.known
@@ -195,13 +199,13 @@ def _summaries(
     vocab: int,
     products: Sequence[np.ndarray],
 ) -> np.ndarray:
-    """All (B, T) -> (B, 8) `Evidence.numbers`, the agreement still missing.
+    """All (B, L) -> (B, 8) `Evidence.numbers`, the agreement still missing.
 
-    `products`: of hidden states before and after, and the norms of either; nothing = similarity is not a number.
+    `products`, (B, T): of hidden states before and after, and the norms of either; nothing = no similarity.
     Ufuncs and few of them, because calls are what takes time here.
     """
-    batch, frames = labels.shape
-    values = np.empty((2, batch, frames), np.float32)
+    batch, total = labels.shape
+    values = np.empty((2, batch, total), np.float32)
     np.exp(log_posterior, out=values[0])
     np.divide(negative_entropy, -math.log(vocab), out=values[1])
     spoken = labels != BLANK
@@ -210,12 +214,13 @@ def _summaries(
     weight = judged / np.add.reduce(judged, axis=1, keepdims=True)
     seen = np.empty((batch, 8))
     np.add.reduce(values * weight, axis=2, out=seen[:, 0:4:2].T)
-    np.divide(np.add.reduce(values, axis=2), frames, out=seen[:, 1:4:2].T)
-    np.subtract(1.0, count[:, 0] / frames, out=seen[:, 4])
+    np.divide(np.add.reduce(values, axis=2), total, out=seen[:, 1:4:2].T)
+    np.subtract(1.0, count[:, 0] / total, out=seen[:, 4])
     seen[:, 6] = math.nan
     if products:
         product, norm_before, norm_after = products
-        np.divide(np.add.reduce(product / np.maximum(norm_before * norm_after, 1e-8), axis=1), frames, out=seen[:, 6])
+        cosines = product / np.maximum(norm_before * norm_after, 1e-8)
+        np.divide(np.add.reduce(cosines, axis=1), cosines.shape[1], out=seen[:, 6])
     np.minimum.reduce(values[0], axis=1, out=seen[:, 7])
     return seen
 

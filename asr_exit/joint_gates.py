@@ -12,7 +12,8 @@ one gradient has both. Exits keep their own CTC losses besides.
 
 The states are those of full depth: what skipped layers see is left to batches with random depth.
 
-Shapes: E exits, B batch, T encoder frames, C chunks, V vocabulary, F features (`asr_exit.policies.learned.FEATURES`).
+Shapes: E exits, B batch, T encoder frames, L labels, C chunks, V vocabulary, F features
+(`asr_exit.policies.learned.FEATURES`).
 """
 
 from __future__ import annotations
@@ -84,18 +85,19 @@ class JointGates(nn.Module):
         the second reaches the gates only: an encoder must not save compute by looking surer than it is.
 
         Args:
-            logits: (B, T, V) per exit. states: per exit (B, T, D) before and after its segment.
-            lengths: (B,) valid frames. targets, target_lengths: as in `ctc_loss`.
+            logits: (B, L, V) per exit. states: per exit (B, T, D) before and after its segment.
+            lengths: (B,) valid labels. targets, target_lengths: as in `ctc_loss`.
         """
         log_probs = torch.stack([item.float().log_softmax(dim=-1) for item in logits])
         features = chunk_features(log_probs[:-1], states[:-1], lengths, chunk_frames)
         leaving = exit_log_probabilities(self(features))
-        per_frame = leaving.repeat_interleave(chunk_frames, dim=-1)[..., : log_probs.shape[2], None]
-        scores = (per_frame.exp() * log_probs).sum(dim=0)
+        labels = chunk_frames * (log_probs.shape[2] // states[0][0].shape[1])  # of a chunk
+        per_label = leaving.repeat_interleave(labels, dim=-1)[..., : log_probs.shape[2], None]
+        scores = (per_label.exp() * log_probs).sum(dim=0)
         valid = torch.arange(scores.shape[1], device=lengths.device) < lengths[:, None]
         missing = (scores.logsumexp(dim=-1) * valid).sum() / target_lengths.sum().clamp(min=1)  # `ctc_loss` normalises
-        starts = chunk_frames * torch.arange(leaving.shape[-1], device=lengths.device)
-        frames = (lengths[:, None] - starts).clamp(0, chunk_frames)
+        starts = labels * torch.arange(leaving.shape[-1], device=lengths.device)
+        frames = (lengths[:, None] - starts).clamp(0, labels)
         share = exit_log_probabilities(self(features.detach())).exp()
         spent = ((self.costs[:, None, None] * share).sum(dim=0) * frames).sum() / frames.sum()
         self.spent = spent.detach()
@@ -117,22 +119,25 @@ class JointGates(nn.Module):
 def chunk_features(
     log_probs: Tensor, states: Sequence[tuple[Tensor, Tensor]], lengths: Tensor, chunk_frames: int
 ) -> Tensor:
-    """(E, B, T, V) log-posteriors -> (E, B, C, F) float64: `features` of the evidence that serving would have.
+    """(E, B, L, V) log-posteriors -> (E, B, C, F) float64: `features` of the evidence that serving would have.
 
     Differentiable, but for `blank_mass`, `agreement` and which frames are blank, which have no gradient, and for
     `dissimilarity`, whose logarithm's grows without bound where a segment changes little: the gates read it as it is.
     Chunks without a valid frame hold numbers without meaning.
 
     Args:
-        states: per exit (B, T, D) before and after its segment. lengths: (B,) valid frames.
+        states: per exit (B, T, D) before and after its segment. lengths: (B,) valid labels.
     """
+    per_frame = log_probs.shape[2] // states[0][0].shape[1]
     top, ids = log_probs.max(dim=-1)
     entropy = torch.linalg.vecdot(log_probs.exp(), log_probs) / -math.log(log_probs.shape[-1])
     similarity = torch.stack([_similarity(before.detach().float(), after.detach().float()) for before, after in states])
-    padding = -log_probs.shape[2] % chunk_frames
+    similarity = similarity.repeat_interleave(per_frame, dim=-1)
+    size = chunk_frames * per_frame
+    padding = -log_probs.shape[2] % size
 
     def by_chunk(x: Tensor) -> Tensor:
-        return F.pad(x, (0, padding)).unflatten(-1, (-1, chunk_frames))
+        return F.pad(x, (0, padding)).unflatten(-1, (-1, size))
 
     valid = by_chunk(torch.arange(log_probs.shape[2], device=lengths.device) < lengths[:, None])
     labels = by_chunk(ids)

@@ -38,7 +38,7 @@ class Recognizer:
         Args:
             chunk_ms: chunk grid of the mask (equals streaming in chunks of that length); None = full context.
         Returns:
-            Per exit (T, V) float32.
+            Per exit (L, V) float32, `labels_per_frame` for each encoder frame.
         """
         if samples.dtype != np.float32 or samples.ndim != 1 or not np.isfinite(samples).all():
             raise AudioError("samples must be a 1-D float32 array of finite values")
@@ -56,15 +56,16 @@ class Recognizer:
         config, options = self.model.config, self.options
         exit_index = options.policy.deepest(config.num_exits)
         log_probs = self.log_posteriors(samples, chunk_ms)[exit_index]
+        num_frames = len(log_probs) // config.labels_per_frame
         decoder = make_decoder(options, self.model.pieces, self.model.tokenizer)
         frames = FrameScores(log_probs.argmax(axis=-1), log_probs.max(axis=-1, initial=-np.inf), log_probs)
         state = decoder.advance(decoder.initial(), frames).settle()
-        words = words_from_tokens(state.tokens(), self.model.tokenizer.pieces, config.frame_ms)
+        words = words_from_tokens(state.tokens(), self.model.tokenizer.pieces, config.label_ms)
         return Transcript(
             text=text_from_words(words),
             words=words,
             chunks=(),
-            encoder_macs=self._engine.macs.to_exit(exit_index, len(log_probs)),
-            full_macs=self._engine.macs.full(len(log_probs)),
+            encoder_macs=self._engine.macs.to_exit(exit_index, num_frames),
+            full_macs=self._engine.macs.full(num_frames),
             audio_seconds=len(samples) / config.features.sample_rate_hertz,
         )

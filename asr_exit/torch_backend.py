@@ -129,9 +129,10 @@ class TorchBackend:
         self._newest = rows, after
         if not read:
             return rows, None
-        real_part = slice(len(slots)), slice(int(frames.max()))
+        longest = int(frames.max())
+        real_part = slice(len(slots)), slice(longest)
         return rows, score(
-            logits[real_part],
+            logits[: len(slots), : longest * self.config.labels_per_frame],
             before[real_part] if want_similarity else None,
             after[real_part],
             previous,

@@ -164,15 +164,16 @@ def _observe(model: Model, recording: Recording, chunk_ms: float, beams: int) ->
         return None
     chunk_frames = model.config.chunk_frames(chunk_ms)
     states, logits = _states(model, features, chunk_frames)
-    frames = logits[0].shape[1]
+    frames, labels = states[0][1].shape[1], model.config.labels_per_frame
     sizes = [min(chunk_frames, frames - start) for start in range(0, frames, chunk_frames)]
     previous: list[ExitScores | None] = [None] * len(sizes)
     scores: list[list[ExitScores]] = []
     for (before, after), exit_logits in zip(states, logits, strict=True):
         rows: list[ExitScores] = []
         for first, count, size in _blocks(sizes):
-            span = slice(first * chunk_frames, first * chunk_frames + count * size)
-            said, low, high = (x[0, span].unflatten(0, (count, size)) for x in (exit_logits, before, after))
+            start, end = first * chunk_frames, first * chunk_frames + count * size
+            low, high = (x[0, start:end].unflatten(0, (count, size)) for x in (before, after))
+            said = exit_logits[0, start * labels : end * labels].unflatten(0, (count, size * labels))
             found = score(said, low, high, previous[first : first + count], want_log_probs=beams > 0)
             rows += [with_beam_share(item, beams) for item in found] if beams else found
         scores.append(rows)
@@ -200,7 +201,7 @@ def _blocks(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def _states(model: Model, features: Tensor, chunk_frames: int) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-    """Per exit the (1, T, D) states before and after its segment, and its (1, T, V) logits."""
+    """Per exit the (1, T, D) states before and after its segment, and its (1, L, V) logits."""
     with segment_states(model.encoder) as states:
         output = model.encoder(features, torch.tensor([features.shape[1]]), chunk_frames=chunk_frames)
     return states, output.logits

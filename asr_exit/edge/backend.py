@@ -187,8 +187,9 @@ class EdgeBackend:
                 stream.tails = [outputs[f"new_tail_{stage}"] for stage in range(len(stream.tails))]
             after.append(outputs["state"])
             if read:
+                labels = count * self.config.labels_per_frame
                 row = outputs["scores"] if want_evidence else outputs["scores"][NUM_COLUMNS:]
-                scores.append(unpack(row, count, earlier, outputs.get("log_probs")))
+                scores.append(unpack(row, labels, earlier, outputs.get("log_probs")))
         return after, scores if read else None
 
     def propagate(

@@ -4,7 +4,7 @@ Nothing here repeats the model: the wrappers call the same `Segment` as training
 whose tensors are the graph's inputs. Batch is 1 and left out of every shape.
 
 Shapes: T frames of a chunk, W cached frames, L layers of a segment, H heads, E head dimension, D = H * E, h halo of the
-convolution, V vocabulary, F = T * subsampling feature frames.
+convolution, V vocabulary, F = T * subsampling feature frames, N = T * labels_per_frame labels.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SegmentGraph(_Part):
             x: (T, D). cos, sin: (T, E / 2) of the chunk's positions. mask: (W,) added to the scores of cached frames.
             keys, values: (L, H, W, E) cached, in any order. conv: (L, h, D).
         Returns:
-            state (T, D); scores (NUM_COLUMNS + 2 T,) for `asr_exit.evidence.unpack`; log_probs (T, V); new_keys and
+            state (T, D); scores (NUM_COLUMNS + 2 N,) for `asr_exit.evidence.unpack`; log_probs (N, V); new_keys and
             new_values (L, H, T, E); new_conv (L, h, D).
         """
         seen = torch.cat((mask, mask.new_zeros(x.shape[0])))

@@ -1,6 +1,6 @@
 """Where the words of a training utterance begin and end: CTC forced alignment by a trained model.
 
-Shapes: T encoder frames, V vocabulary, S = 2 N + 1 states of N tokens with blanks around them, F feature frames.
+Shapes: T labels that an exit writes, V vocabulary, S = 2 N + 1 states of N tokens with blanks around, F feature frames.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EDGE_FRAMES = 25  # feature frames kept before the first and after the last toke
 
 
 def token_frames(log_probs: np.ndarray, tokens: Sequence[int]) -> list[tuple[int, int]] | None:
-    """First and last frame of every token on the likeliest CTC path (Viterbi).
+    """First and last label of every token on the likeliest CTC path (Viterbi).
 
     Args:
         log_probs: (T, V) log-posteriors.
@@ -60,13 +60,13 @@ class Aligned:
     """A recording and where the model shows its words."""
 
     features: np.ndarray  # (F, M) log-mel
-    words: tuple[tuple[int, int], ...]  # encoder frames of each word's first and last token
+    words: tuple[tuple[int, int], ...]  # labels of each word's first and last token
 
     def cuts(self, frames_per_token: int, late: int) -> np.ndarray:
         """Feature frames that cut the words apart: between two of them, at the quietest place.
 
         Args:
-            frames_per_token: feature frames of an encoder frame. late: feature frames by which tokens show too late.
+            frames_per_token: feature frames of a label. late: feature frames by which tokens show too late.
         Returns:
             (words + 1,) rising; word i is `features[cuts[i] : cuts[i + 1]]`.
         """

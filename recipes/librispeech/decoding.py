@@ -42,4 +42,4 @@ def decode(decoder: CtcDecoder[Any], log_probs: np.ndarray, model: Model) -> tup
     if not len(log_probs):
         return ()
     state = decoder.advance(decoder.initial(), FrameScores.from_log_probs(log_probs)).settle()
-    return words_from_tokens(state.tokens(), model.pieces, model.config.frame_ms)
+    return words_from_tokens(state.tokens(), model.pieces, model.config.label_ms)

@@ -119,7 +119,7 @@ def find_words(model: Model, store: FeatureStore, min_words: int, batch_frames: 
         raise ConfigError(
             f"no speaker with {min_words} words that the model finds in the recordings; lower --min-words"
         )
-    factor = model.config.subsampling
+    factor = model.config.features_per_label
     late = lateness([item for _, item in found[:: max(1, len(found) // 200)]], factor)
     by_speaker: dict[str, list[Place]] = defaultdict(list)
     for of, item in found:

@@ -48,7 +48,8 @@ def measure_decision(
     engine = Engine(model, slots=batch, device=device)
     streams = [engine.open(StreamOptions(chunk_ms=chunk_ms, policy=Full())) for _ in range(batch)]
     generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(batch, frames, config.vocab_size, generator=generator).to(device)
+    labels = frames * config.labels_per_frame
+    logits = 4 * torch.randn(batch, labels, config.vocab_size, generator=generator).to(device)
     hidden = torch.randn(2, batch, frames, config.d_model, generator=generator).to(device)
     policies = [_never(label, config.num_exits) for label in CRITERIA]
     length = frames * config.samples_per_frame

@@ -87,20 +87,25 @@ def _run(model: Model, recording: Recording, chunk_ms: float, leave: ExitPolicy 
     chunk_frames = model.config.chunk_frames(chunk_ms)
     decide: Decide
     if isinstance(leave, float):
-        decide = lambda k, logits, before, after: _sure_blanks(logits, leave)  # noqa: E731
+        decide = lambda k, logits, before, after: _sure_blanks(logits, leave, after.shape[1])  # noqa: E731
     else:
         decide = _ChunkDecisions(leave, chunk_frames)
     ids, macs = masked_forward(model, features, chunk_frames, decide, skipped)
     text = model.tokenizer.decode(collapse(ids).tolist())
-    return Replay(text=text, errors=word_errors(recording.text, text), macs=macs, full_macs=model.macs.full(len(ids)))
+    return Replay(
+        text=text,
+        errors=word_errors(recording.text, text),
+        macs=macs,
+        full_macs=model.macs.full(len(ids) // model.config.labels_per_frame),
+    )
 
 
-def _sure_blanks(logits: Tensor, confidence: float) -> Tensor:
-    """(1, T, V) -> (T,) bool: blank for sure, and no other label near."""
+def _sure_blanks(logits: Tensor, confidence: float, frames: int) -> Tensor:
+    """(1, L, V) -> (T,) bool: only blanks, for sure, and no other label near."""
     top, ids = logits[0].softmax(dim=-1).max(dim=-1)
     spoken = (ids != BLANK).float()[None, None]
     near = torch.nn.functional.max_pool1d(spoken, 2 * GUARD_FRAMES + 1, stride=1, padding=GUARD_FRAMES)[0, 0] > 0
-    return (ids == BLANK) & (top >= confidence) & ~near
+    return ((ids == BLANK) & (top >= confidence) & ~near).view(frames, -1).all(dim=1)
 
 
 class _ChunkDecisions:
@@ -113,14 +118,17 @@ class _ChunkDecisions:
 
     def __call__(self, exit_index: int, logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
         stops, current = [], list[ExitScores | None]()
-        parts = [x.split(self._chunk_frames, dim=1) for x in (logits, before, after)]
+        labels = self._chunk_frames * (logits.shape[1] // after.shape[1])
+        parts = [
+            x.split(size, dim=1) for x, size in ((logits, labels), *((x, self._chunk_frames) for x in (before, after)))
+        ]
         for chunk, (scores, low, high) in enumerate(zip(*parts, strict=True)):
             earlier = self._previous[chunk] if self._previous else None
             found = score(scores, low, high, [earlier], want_log_probs=self._beams > 0)[0]
             if self._beams:
                 found = with_beam_share(found, self._beams)
             current.append(found)
-            stops += [self._policy.stop(exit_index, found.evidence)] * scores.shape[1]
+            stops += [self._policy.stop(exit_index, found.evidence)] * low.shape[1]
         self._previous = current
         return torch.tensor(stops)
 
@@ -128,10 +136,10 @@ class _ChunkDecisions:
 def masked_forward(
     model: Model, features: Tensor, chunk_frames: int, decide: Decide, skipped: Skipped
 ) -> tuple[np.ndarray, int]:
-    """An offline pass in which frames drop out: (T,) labels and the MACs spent.
+    """An offline pass in which frames drop out: (L,) labels and the MACs spent.
 
     Args:
-        features: (1, F, num_mels) log-mel. decide: (exit index, logits (1, T, V), states before and after (1, T, D)) ->
+        features: (1, F, num_mels) log-mel. decide: (exit index, logits (1, L, V), states before and after (1, T, D)) ->
             (T,) bool, frames that go no deeper.
     """
     encoder, config, costs = model.encoder, model.config, model.macs
@@ -144,7 +152,7 @@ def masked_forward(
     cos, sin = rotary(positions, config.d_model // config.num_heads, x.dtype)
     context = FrameContext(cos, sin, mask, chunk_frames, torch.ones(1, frames, 1))
     going = torch.ones(frames, dtype=torch.bool)
-    labels = torch.zeros(frames, dtype=torch.int64)
+    labels = torch.zeros(frames * config.labels_per_frame, dtype=torch.int64)
     macs = float(costs.stem(frames))
     skipped_ff = 4 * config.d_model * config.ff_dim * config.exit_every  # both halves, up and down, per frame
     for index, segment in enumerate(encoder.segments):
@@ -158,7 +166,7 @@ def masked_forward(
             x = x + mixing * layer.conv(layer.conv.gated(layer.conv_norm(x)), None, chunk_frames)
             x = x + 0.5 * gate * layer.ff_out(x)
         logits = segment.head(x)
-        read = mixes if skipped is Skipped.MIXED else going
+        read = (mixes if skipped is Skipped.MIXED else going).repeat_interleave(config.labels_per_frame)
         labels = torch.where(read, logits[0].argmax(dim=-1), labels)
         count, left = int(going.sum()), int((~going).sum())
         macs += costs.segment(index, count, with_head=True)
@@ -166,7 +174,7 @@ def masked_forward(
             mixed_macs = costs.segment(index, left, True) - left * skipped_ff
             macs += mixed_macs if skipped is Skipped.MIXED else costs.propagate(left)
         if segment.feedback is not None:
-            x = x + mixing * segment.feedback(logits.softmax(dim=-1))
+            x = x + mixing * segment.fed_back(logits)
         if not segment.last:
             x = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
             x = x if segment.gain is None else x * segment.gain

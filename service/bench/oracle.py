@@ -24,7 +24,7 @@ def no_more_errors(item: Observation, tokenizer: Tokenizer, reference: str) -> t
     true optimum may be cheaper still.
     """
     wanted, deepest = reference.split(), len(item.ids) - 1
-    bounds = np.cumsum([0, *item.frames])
+    bounds = np.cumsum([0, *item.frames]) * (item.ids.shape[1] // sum(item.frames))
     parts = [[row[a:b] for a, b in pairwise(bounds)] for row in item.ids]
     chosen = list(parts[deepest])
     exits: list[int] = []

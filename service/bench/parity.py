@@ -65,8 +65,8 @@ class _RecordingEngine(Engine):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.logits: Tensor | None = None  # of the segment that ran last, (B, T, V)
-        self.log_probs: dict[Stream, list[list[np.ndarray]]] = {}  # per exit, per chunk (T, V)
+        self.logits: Tensor | None = None  # of the segment that ran last, (B, L, V)
+        self.log_probs: dict[Stream, list[list[np.ndarray]]] = {}  # per exit, per chunk (L, V)
 
     def _run_batch(self, segment: int, chunk_frames: int, members: list[tuple[Stream, Chunk]]) -> None:
         super()._run_batch(segment, chunk_frames, members)
@@ -74,7 +74,7 @@ class _RecordingEngine(Engine):
         log_probs = self.logits.float().log_softmax(dim=-1).cpu().numpy()
         for row, (stream, chunk) in enumerate(members):
             by_exit = self.log_probs.setdefault(stream, [[] for _ in range(self.config.num_exits)])
-            by_exit[segment].append(log_probs[row, : chunk.frames])
+            by_exit[segment].append(log_probs[row, : chunk.frames * self.config.labels_per_frame])
 
     @contextmanager
     def observing(self, encoder: Encoder) -> Iterator[None]:

@@ -79,7 +79,7 @@ def greedy(log_probs: np.ndarray) -> CtcState:
 
 def text_of(state: CtcState, engine: Engine) -> str:
     """The words of a decoding state."""
-    return text_from_words(words_from_tokens(state.tokens(), engine.model.pieces, engine.config.frame_ms))
+    return text_from_words(words_from_tokens(state.tokens(), engine.model.pieces, engine.config.label_ms))
 
 
 def read_all(paths: Iterable[Path]) -> Iterator[np.ndarray]:

@@ -18,8 +18,8 @@ CALIBRATION = {"posterior": {"thresholds": [0.5, 0.4, None]}, "entropy": {"table
 
 @pytest.fixture(scope="session")
 def source() -> Model:
-    """Random weights; four segments of one layer, so that two are of the same kind."""
-    return random_model(seed=7, num_layers=4, exit_every=1, head_hidden=(16, 0, 0, 0))
+    """Random weights; four segments of one layer, so that two are of the same kind; two labels a frame."""
+    return random_model(seed=7, num_layers=4, exit_every=1, head_hidden=(16, 0, 0, 0), labels_per_frame=2)
 
 
 @pytest.fixture(scope="session")
