@@ -80,6 +80,7 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
     ),
     "joint gates": _set(gate_weight=0.3),
     "deeper heads at shallow exits": lambda c: _model(c, head_hidden=(384, 256, *[0] * 98)[: c.model.num_exits]),
+    "two labels a frame": lambda c: _model(c, labels_per_frame=2),
     "sorted training": _set(shallow_probability=0.5),
     "random depth (propagate)": _set(random_depth_probability=0.25),
     "random depth (hole)": _set(random_depth_probability=0.25, random_depth_fill="hole"),
@@ -117,6 +118,7 @@ ADDED = (
     "distillation into heads at the end",
     "joint gates",
     "deeper heads at shallow exits",
+    "two labels a frame",
 )
 
 
