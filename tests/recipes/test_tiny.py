@@ -72,12 +72,12 @@ class WorkOfTwo(Trainer):
     """One process that averages, in each update, the batches that two processes would take one each."""
 
     def run_all(self) -> None:
-        plan, subsampling = self.config.plan(self.config.stages[0]), self.config.model.subsampling
+        plan, features_per_label = self.config.plan(self.config.stages[0]), self.config.model.features_per_label
         other = BatchStream(
             self.store,
             plan,
             self.mean,
-            subsampling=subsampling,
+            features_per_label=features_per_label,
             seed=self.config.seed,
             start=Position(),
             augment=self.augment,
