@@ -89,7 +89,7 @@ class Voice:
 
 
 def passages(sentences: Sequence[str], hours: float, rng: np.random.Generator) -> Iterator[tuple[str, ...]]:
-    """Sentences in a row from random places of a text, endlessly at least for `hours` of speech."""
+    """Sentences in a row from random places of a text, enough for a little more than `hours` of speech."""
     words_left = hours * 3600 * WORDS_PER_SECOND * 1.2  # some cannot be said
     while words_left > 0:
         at, wanted = int(rng.integers(len(sentences))), int(rng.integers(*WORDS))
@@ -226,7 +226,11 @@ def compose(
 def find_phones(
     store: FeatureStore, places: Mapping[str, Sequence[Place]], lexicon: Mapping[str, tuple[str, ...]], seed: int = 0
 ) -> dict[str, Voice]:
-    """Voices of the speakers whose words are known by `places`."""
+    """Voices of the speakers whose words are known by `places`.
+
+    Raises:
+        ConfigError: no phones were found.
+    """
     known = [(name, place) for name in sorted(places) for place in places[name]]
     known = [(name, place) for name, place in known if all(word in lexicon for word in place.words)]
     spoken = [
@@ -240,6 +244,8 @@ def find_phones(
     for (name, place), found in zip(known, aligner.align(spoken), strict=True):
         if isinstance(found, Phones):
             by_speaker[name].append(Recording(place.copies, found.phones, found.starts))
+    if not by_speaker:
+        raise ConfigError("no recording has a transcript that espeak-ng can pronounce and the frames to say it")
     return {name: Voice(recordings) for name, recordings in by_speaker.items()}
 
 
