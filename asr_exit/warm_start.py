@@ -59,7 +59,7 @@ def _with_labels(segment: Segment, source: Segment) -> dict[str, Tensor]:
     state = source.state_dict()
     weight, bias = state["head.out.weight"], state["head.out.bias"]
     vocab, more = segment.head.vocab_size, len(segment.head.out.bias) - len(bias)
-    if more <= 0 or segment.head.vocab_size != source.head.vocab_size:
+    if more <= 0:
         return state
     blank = torch.zeros(more)
     blank[BLANK_ID::vocab] = _BLANK_BIAS

@@ -10,6 +10,7 @@ import torch
 from asr_exit.config import ModelConfig
 from asr_exit.encoder import Encoder
 from asr_exit.errors import ConfigError
+from asr_exit.tokenizer import BLANK_ID
 from asr_exit.warm_start import warm_start
 
 SMALL = ModelConfig(
@@ -103,3 +104,31 @@ def test_what_does_not_fit_is_refused(source: ModelConfig, ours: ModelConfig, se
     with pytest.raises(ConfigError, match=message):
         warm_start(encoder, Encoder(source), segments)
     torch.testing.assert_close(encoder.state_dict(), before, atol=0, rtol=0)
+
+
+def test_further_labels_begin_as_blanks() -> None:
+    theirs, encoder = random_encoder(SMALL, 0), random_encoder(replace(SMALL, labels_per_frame=2), 1)
+    warm_start(encoder, theirs, 4)
+    for ours, expected in zip(logits(encoder, 4), logits(theirs, 4), strict=True):
+        torch.testing.assert_close(ours[:, ::2], expected, atol=1e-5, rtol=0)
+        assert (ours[:, 1::2].softmax(dim=-1)[..., BLANK_ID] > 0.99).all()
+
+
+@torch.no_grad()
+def test_a_chunk_of_several_labels_a_frame_leaves_with_its_own_exit() -> None:
+    encoder = random_encoder(replace(SMALL, labels_per_frame=2), 2)
+    features, lengths = torch.randn(1, 96, SMALL.features.num_mels), torch.tensor([90])
+    depth = torch.tensor([[1, 4, 2, 3, 4, 1]])
+    deepest = encoder(features, lengths, chunk_frames=4, chunk_depth=depth, fill="catch_up")
+    whole = encoder(features, lengths, chunk_frames=4)
+    assert deepest.lengths.tolist() == whole.lengths.tolist() == [2 * 23]
+    assert deepest.mixed_logits is not None
+    for chunk, exit_index in enumerate((depth[0] - 1).tolist()):
+        span = slice(8 * chunk, 8 * chunk + 8)
+        torch.testing.assert_close(deepest.mixed_logits[:, span], whole.logits[exit_index][:, span], atol=1e-5, rtol=0)
+
+
+def test_labels_stand_for_whole_feature_frames() -> None:
+    with pytest.raises(ConfigError, match="labels_per_frame must divide"):
+        replace(SMALL, labels_per_frame=3)
+    assert replace(SMALL, labels_per_frame=2).label_ms == SMALL.frame_ms / 2
