@@ -153,6 +153,28 @@ def settled() -> TrainConfig:
     )
 
 
+def longer() -> TrainConfig:
+    """More of `settled` with `--start-from MODEL`: milder warps, half the noise, a rate that holds for a third."""
+    shares = {**dict(diphones().corpus_shares), "synthetic": 0.1, "diphones": 0.12}
+    return dataclasses.replace(
+        settled(),
+        name="longer",
+        minutes=90.0,
+        seed=5,
+        stages=(Stage(1.0, 6, 130.0, 17.0, True, 1.2e-3),),
+        decay_from=0.3,
+        corpus_shares=tuple(shares.items()),
+        augment=dataclasses.replace(
+            settled().augment,
+            freq_warp=0.1,
+            time_warp=0.12,
+            noise_probability=0.15,
+            time_masks_per_second=0.5,
+            time_masked_share=0.2,
+        ),
+    )
+
+
 def clean100() -> TrainConfig:
     """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
     return TrainConfig(
@@ -179,5 +201,5 @@ def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[
 
 CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
     f.__name__: f
-    for f in (tiny, mini5, local, continued, deepened, spliced, hardened, diphones, settled, clean100, full960)
+    for f in (tiny, mini5, local, continued, deepened, spliced, hardened, diphones, settled, longer, clean100, full960)
 }
