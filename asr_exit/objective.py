@@ -18,6 +18,7 @@ from asr_exit.data import Batch
 from asr_exit.encoder import Encoder, segment_states
 from asr_exit.joint_gates import JointGates
 from asr_exit.loss import consistency_loss, ctc_loss, distillation_losses, exit_losses, random_depth
+from asr_exit.phones import PhoneExit
 from asr_exit.schedule import Stage, TrainConfig
 
 
@@ -59,10 +60,12 @@ def objective(
     device: torch.device,
     rank: int = 0,
     gates: JointGates | None = None,
+    phones: PhoneExit | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch.
 
-    The `gates` learn from batches in chunks that run all exits, each at full depth.
+    The `gates` learn from batches in chunks that run all exits, each at full depth; `phones` from batches that run the
+    segment it reads, none at mixed depth.
 
     Returns:
         The scalar to minimise; and CTC per target token of every exit that ran, (exits,), or the one of a batch of
@@ -79,8 +82,10 @@ def objective(
         depth = random_depth(len(features), chunks, draw.segments, generator).to(device)
     if draw.segments < config.model.num_exits or depth is not None:
         gates = None
+    if draw.segments < config.phone_segment or depth is not None:
+        phones = None
     watch: AbstractContextManager[list[tuple[Tensor, Tensor]]] = (
-        nullcontext([]) if gates is None else segment_states(model)
+        nullcontext([]) if gates is None and phones is None else segment_states(model)
     )
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16), watch as states:
         output = model(
@@ -105,6 +110,9 @@ def objective(
     if config.distillation_weight and len(losses) > 1:
         distilled = distillation_losses(output.logits, output.lengths, target_lengths)
         total = total + config.distillation_weight * (weights[:-1] * distilled).sum()
+    if phones is not None:
+        frames = output.lengths // config.model.labels_per_frame
+        total = total + config.phone_weight * phones.loss(states[config.phone_segment - 1][1], frames, batch.texts)
     if gates is not None and draw.chunk_frames is not None:
         gate_loss = gates.loss(
             output.logits,

@@ -29,9 +29,9 @@ class Optimizers:
         name: str,
         weight_decay: float,
         group: Group | None = None,
-        gates: nn.Module | None = None,
+        aside: Iterable[nn.Parameter] = (),
     ) -> None:
-        """`name`: one of `OPTIMIZERS`. Vectors (norms, biases) never decay, nor do the `gates` trained along."""
+        """`name`: one of `OPTIMIZERS`. Vectors (norms, biases) never decay, nor what is trained `aside`."""
         self.group = group or Group()
         inside = [layer for segment in model.segments for layer in segment.layers] if name == "muon" else []
         self.matrices = [m.weight for layer in inside for m in layer.modules() if isinstance(m, nn.Linear)]
@@ -41,8 +41,8 @@ class Optimizers:
             {"params": [p for p in rest if p.dim() > 1], "weight_decay": weight_decay},
             {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        if gates is not None:
-            groups.append({"params": list(gates.parameters()), "weight_decay": 0.0})
+        if others := list(aside):
+            groups.append({"params": others, "weight_decay": 0.0})
         self.all: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)]
         by_size = sorted(self.matrices, key=torch.Tensor.numel)
         self._shares = [by_size[rank :: self.group.size] for rank in range(self.group.size)]

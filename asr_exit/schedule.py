@@ -61,6 +61,8 @@ class TrainConfig:
     distillation_weight: float = 0.0  # of the deepest exit into all others
     gate_weight: float = 0.0  # above 0 a gate per exit is trained, too, with this weight of its loss: `joint_gates`
     gate_price: float = 0.05  # of full-depth compute in that loss, in nats per target token
+    phone_weight: float = 0.0  # above 0 phones are told apart, too, with this weight of their CTC loss: `phones`
+    phone_segment: int = 2  # after how many segments that is done
     accumulate: int = 1  # batches per update and process
     shallow_probability: float = 0.0  # of batches that run only a random number of the first segments (Sorted LLaMA)
     bf16: bool = True  # where the processor multiplies in it
@@ -106,6 +108,11 @@ class TrainConfig:
             "gate_weight must be 0, or positive with a model of two exits or more",
         )
         require(self.gate_price >= 0, "gate_price must not be negative")
+        require(self.phone_weight >= 0, "phone_weight must not be negative")
+        require(
+            self.phone_weight == 0 or 1 <= self.phone_segment <= self.model.num_exits,
+            f"phone_segment must be 1 to {self.model.num_exits}, the model's segments",
+        )
         require(self.accumulate >= 1, "accumulate must be at least 1")
 
     @classmethod

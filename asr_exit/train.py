@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asr_exit.augment import Augment
 from asr_exit.data import Batch, BatchStream, FeatureStore, Position
@@ -24,6 +24,7 @@ from asr_exit.joint_gates import JointGates, without_gates
 from asr_exit.objective import Draw, draw, objective
 from asr_exit.optimizer import Optimizers
 from asr_exit.parallel import Group
+from asr_exit.phones import PhoneExit, read_lexicon
 from asr_exit.processor import computes_in_bf16
 from asr_exit.reporting import Reporter
 from asr_exit.run_folder import RunFolder
@@ -108,8 +109,12 @@ class Trainer:
         self.model.to(self.device).train()
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.gates = JointGates(self.model).to(self.device) if config.gate_weight > 0 else None
-        self._parameters = [*self.model.parameters(), *(self.gates.parameters() if self.gates else ())]
-        self.optimizer = Optimizers(self.model, config.optimizer, config.weight_decay, self.group, self.gates)
+        self.phones = None
+        if config.phone_weight > 0:
+            self.phones = PhoneExit(config.model.d_model, read_lexicon(data)).to(self.device)
+        aside = [parameter for part in self._aside().values() for parameter in part.parameters()]
+        self._parameters = [*self.model.parameters(), *aside]
+        self.optimizer = Optimizers(self.model, config.optimizer, config.weight_decay, self.group, aside)
         self.progress = Progress()
         self._measured_at = 0.0  # when wall-clock time was booked last
         first = self.group.rank == 0
@@ -118,6 +123,11 @@ class Trainer:
         self.folder.write("data.json", json.dumps(self.description, indent=1))
         self.folder.write("tokenizer.model", self.tokenizer.proto)
         self.provenance = provenance or {}
+
+    def _aside(self) -> dict[str, nn.Module]:
+        """What is trained along with the model and is no part of it, by its name in a checkpoint."""
+        parts = {"gates": self.gates, "phones": self.phones}
+        return {name: part for name, part in parts.items() if part is not None}
 
     # ---- files
 
@@ -135,7 +145,7 @@ class Trainer:
                 "ema": self._averaged(),
                 "optimizer": self.optimizer.state_dict(),
                 "progress": asdict(self.progress),
-                **({"gates": self.gates.state_dict()} if self.gates else {}),
+                **{name: part.state_dict() for name, part in self._aside().items()},
             }
         )
 
@@ -175,8 +185,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema, _ = without_gates(state["ema"])
-        if self.gates:
-            self.gates.load_state_dict(state["gates"])
+        for name, part in self._aside().items():
+            part.load_state_dict(state[name])
         values = state["progress"]
         self.progress = Progress(**{**values, "position": Position(**values["position"])})
 
@@ -191,7 +201,7 @@ class Trainer:
 
     def _loss(self, batch: Batch, drawn: Draw) -> tuple[Tensor, Tensor]:
         """Scalar to minimise, and what to log: a loss per exit, or the single one of a mixed-depth batch."""
-        return objective(self.model, batch, self.config, drawn, self.device, self.group.rank, self.gates)
+        return objective(self.model, batch, self.config, drawn, self.device, self.group.rank, self.gates, self.phones)
 
     def _update(self, batches: list[Batch], stage: Stage) -> tuple[list[float], float] | None:
         """One step over one or more batches. Returns the losses and the gradient norm, or None when they were not
@@ -331,6 +341,7 @@ class Trainer:
                         learning_rate=self.optimizer.learning_rate * 1000,
                         minutes=progress.wall_seconds / 60,
                         **({"gates_spend": float(self.gates.spent)} if self.gates else {}),
+                        **({"phone_loss": self.phones.last} if self.phones else {}),
                     )
                     self.report.advance(share, hours, rate, losses)
                     logged, seen_at_log, losses_at_log = now, progress.seconds_seen, []

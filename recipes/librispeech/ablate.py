@@ -29,6 +29,7 @@ from asr_exit.encoder import Encoder
 from asr_exit.errors import AsrExitError, ConfigError
 from asr_exit.joint_gates import without_gates
 from asr_exit.metrics import bootstrap_reduction, wer
+from asr_exit.phones import LEXICON
 from asr_exit.schedule import TrainConfig
 from asr_exit.tokenizer import Tokenizer
 from asr_exit.validation import Decoded, decode_exits, held_out_batches
@@ -85,6 +86,8 @@ def lacking(name: str, config: TrainConfig, data: Path) -> str:
         return "impulse responses of rooms (prepare --rooms)"
     if name in ("noise", "without noise") and not any((data / "noise").glob("*.json")):
         return "noise (prepare --noise)"
+    if config.phone_weight > 0 and not (data / LEXICON).is_file():
+        return "pronunciations (lexicon)"
     corpora = {json.loads(path.read_text(encoding="utf-8"))["corpus"] for path in (data / "train").glob("*.json")}
     for corpus, speech, made_by in (
         (SYNTHETIC, "synthetic speech", "prepare --synthetic-hours"),

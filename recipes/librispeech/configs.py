@@ -154,15 +154,16 @@ def settled() -> TrainConfig:
 
 
 def longer() -> TrainConfig:
-    """More of `settled` with `--start-from MODEL`: three quarters diphone speech, milder warps, half the noise."""
+    """More of `settled` with `--start-from MODEL`: phones at exit 4, mostly diphone speech, less noise."""
     shares = {**dict(diphones().corpus_shares), "synthetic": 0.1, "diphones": 0.25}
     return dataclasses.replace(
         settled(),
         name="longer",
-        minutes=80.0,
+        minutes=75.0,
         seed=6,
         stages=(Stage(1.0, 6, 130.0, 17.0, True, 1.2e-3),),
         decay_from=0.4,
+        phone_weight=0.5,
         corpus_shares=tuple(shares.items()),
         augment=dataclasses.replace(
             settled().augment,

@@ -1,12 +1,24 @@
-"""Pronunciations of words, from espeak-ng, in a phone set that is coarse enough for a few hours of speech."""
+"""Pronunciations of words, from espeak-ng, in a phone set that is coarse enough for a few hours of speech.
+
+    python -m recipes.librispeech.lexicon --data DATA
+
+writes those of every word in the training shards to DATA/lexicon.json, for configurations with a `phone_weight`.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import shutil
 import subprocess
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from asr_exit.errors import ConfigError
+from asr_exit.data import FeatureStore
+from asr_exit.errors import AsrExitError, ConfigError
+from asr_exit.phones import LEXICON
+from recipes.librispeech.shards import write_atomically
 
 WORDS_PER_CALL = 500
 # what espeak-ng tells apart and listeners hardly do: its phoneme mnemonics -> phones
@@ -99,3 +111,24 @@ def phones_of(mnemonics: str) -> tuple[str, ...]:
         bare = item.strip("',;%=!*")
         phones += MERGED.get(bare, (bare,))
     return tuple(phones) if all(phone in PHONES for phone in phones) else ()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Write the pronunciations of the training data's words.")
+    parser.add_argument("--data", type=Path, required=True, help="what prepare wrote")
+    options = parser.parse_args(arguments)
+    try:
+        words = {word for clip in FeatureStore(options.data / "train").clips for word in clip.text.split()}
+        known = pronounce(words)
+        entries = {word: " ".join(known[word]) for word in sorted(words & known.keys())}
+        write_atomically(options.data / LEXICON, json.dumps(entries, indent=0).encode())
+    except AsrExitError as error:
+        sys.exit(f"lexicon: {error}")
+    except OSError as error:
+        sys.exit(f"lexicon: cannot write below {options.data}: {error.strerror or error}")
+    print(f"{LEXICON}: {len(entries)} of {len(words)} words")
+
+
+if __name__ == "__main__":
+    main()

@@ -79,6 +79,7 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
         stages=(*c.stages[:-1], _until(c.stages[-1], 0.9), dataclasses.replace(c.stages[-1], heads_only=True)),
     ),
     "joint gates": _set(gate_weight=0.3),
+    "phones at exit 4": _set(phone_weight=0.3),
     "deeper heads at shallow exits": lambda c: _model(c, head_hidden=(384, 256, *[0] * 98)[: c.model.num_exits]),
     "two labels a frame": lambda c: _model(c, labels_per_frame=2),
     "sorted training": _set(shallow_probability=0.5),
@@ -117,6 +118,7 @@ ADDED = (
     "distillation",
     "distillation into heads at the end",
     "joint gates",
+    "phones at exit 4",
     "deeper heads at shallow exits",
     "two labels a frame",
 )

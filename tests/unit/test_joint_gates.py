@@ -246,7 +246,7 @@ def test_the_loss_is_added_to_batches_that_run_all_exits_in_chunks(encoder: Enco
 
 def test_the_optimiser_trains_them_without_decay(encoder: Encoder) -> None:
     gates = JointGates(encoder)
-    groups = Optimizers(encoder, "muon", 0.1, gates=gates).all[0].param_groups
+    groups = Optimizers(encoder, "muon", 0.1, aside=gates.parameters()).all[0].param_groups
     assert groups[-1]["weight_decay"] == 0
     assert set(map(id, groups[-1]["params"])) == {id(gates.weight), id(gates.bias)}
     assert len(Optimizers(encoder, "adamw", 0.1).all[0].param_groups) == 2
