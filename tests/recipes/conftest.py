@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,13 @@ from asr_exit.tokenizer import BLANK_ID
 from recipes.librispeech import alignment, bundle, prepare, train
 from tests.recipes.sine import LETTER_FRAMES, SENTENCES, speak, write_librispeech
 
+NAMES = {"c": "k", "e": "E", "i": "I", "o": "O:", "u": "U", "x": "Q~", "y": "j"}  # letters that are no phones
+SPEAKING = """
+import sys
+names = {names!r}
+for word in sys.stdin.read().split():
+    print("'" + "_".join(names.get(letter, letter) for letter in word if letter != "q"))
+"""
 LATE = 12  # feature frames by which `model` shows its tokens late
 
 
@@ -78,3 +87,14 @@ def spikes(model: Model, text: str, frames: int) -> np.ndarray:
         probabilities[min(len(probabilities) - 1, frame), [BLANK_ID, token]] = 1e-4, 1.0
         at += letters
     return np.log(probabilities / probabilities.sum(axis=1, keepdims=True))
+
+
+@pytest.fixture
+def espeak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for espeak-ng that spells; and no weak forms, since these voices spell them, too."""
+    program = tmp_path / "bin" / "espeak-ng"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\n{SPEAKING.format(names=NAMES)}")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    monkeypatch.setattr("recipes.librispeech.lexicon.WEAK_FORMS", {})

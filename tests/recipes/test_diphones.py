@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import stat
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,27 +19,10 @@ from recipes.librispeech import diphones
 from recipes.librispeech.diphones import Recording, Speaker, Voice, passages, phones_of_passage
 from recipes.librispeech.lexicon import WEAK_FORMS, phones_of, pronounce
 from recipes.librispeech.phone_alignment import SILENCE, PhoneAligner, Spoken, graph_of, viterbi
+from tests.recipes.conftest import NAMES
 from tests.recipes.sine import LETTER_FRAMES, SENTENCES, speak
 
-NAMES = {"c": "k", "e": "E", "i": "I", "o": "O:", "u": "U", "x": "Q~", "y": "j"}  # letters that are no phones
 NEW = ("the mean red cat ran at dawn", "no honest mirth can tread the north street", "tea and a sweet dish")
-SPEAKING = """
-import sys
-names = {names!r}
-for word in sys.stdin.read().split():
-    print("'" + "_".join(names.get(letter, letter) for letter in word if letter != "q"))
-"""
-
-
-@pytest.fixture
-def espeak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for espeak-ng that spells; and no weak forms, since these voices spell them, too."""
-    program = tmp_path / "bin" / "espeak-ng"
-    program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\n{SPEAKING.format(names=NAMES)}")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
-    monkeypatch.setattr("recipes.librispeech.lexicon.WEAK_FORMS", {})
 
 
 def spelled(word: str) -> tuple[str, ...]:
