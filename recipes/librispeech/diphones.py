@@ -13,23 +13,20 @@ the corpus `diphones` to DATA/train; a configuration says in `corpus_shares` how
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 
-from asr_exit.checkpoint import load
+from asr_exit.checkpoint import Model
 from asr_exit.data import FRAMES_PER_SECOND, Clip, FeatureStore
-from asr_exit.errors import AsrExitError, ConfigError
+from asr_exit.errors import ConfigError
+from recipes.librispeech import made_speech
 from recipes.librispeech.lexicon import pronounce
 from recipes.librispeech.phone_alignment import SILENCE, PhoneAligner, Phones, Spoken
-from recipes.librispeech.shards import add_corpus
 from recipes.librispeech.splice import Place, find_words
-from recipes.librispeech.synthesize import WORDS_PER_SECOND, read_sentences
+from recipes.librispeech.synthesize import WORDS_PER_SECOND
 from recipes.librispeech.variants import DIPHONES
 
 LONGEST_PHONES = 12  # of a stretch taken from one place
@@ -249,35 +246,21 @@ def find_phones(
     return {name: Voice(recordings) for name, recordings in by_speaker.items()}
 
 
+def _make(
+    model: Model, store: FeatureStore, sentences: Sequence[str], options: argparse.Namespace
+) -> tuple[int, made_speech.Made]:
+    places = {name: voice.places for name, voice in find_words(model, store, options.min_words).items()}
+    said = {word for of in places.values() for place in of for word in place.words}
+    texts = list(passages(sentences, options.hours, np.random.default_rng(options.seed)))
+    lexicon = pronounce(said.union(word for text in texts for sentence in text for word in sentence.split()))
+    voices = find_phones(store, places, lexicon, options.seed)
+    return len(voices), compose(store, voices, lexicon, texts, options.hours, options.seed)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Make training utterances of any text from pieces of the recordings.")
-    parser.add_argument("--data", type=Path, required=True, help="what prepare wrote; shards are added to its train")
-    parser.add_argument("--text", type=Path, required=True, help="sentences, one per line, plain or .xz")
-    parser.add_argument("--hours", type=float, default=100.0)
-    parser.add_argument("--model", type=Path, help="model file that finds the words (default: the bundled one)")
-    parser.add_argument("--min-words", type=int, default=600, help="of a speaker, to be a voice (default: 600)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    try:
-        sentences = read_sentences(options.text)
-        model = load(options.model)
-        store = FeatureStore(options.data / "train", model.tokenizer)
-        places = {name: voice.places for name, voice in find_words(model, store, options.min_words).items()}
-        said = {word for of in places.values() for place in of for word in place.words}
-        rng = np.random.default_rng(options.seed)
-        texts = list(passages(sentences, options.hours, rng))
-        lexicon = pronounce(said.union(word for text in texts for sentence in text for word in sentence.split()))
-        voices = find_phones(store, places, lexicon, options.seed)
-        made = compose(store, voices, lexicon, texts, options.hours, options.seed)
-        total, hours = add_corpus(options.data, DIPHONES, made)
-    except AsrExitError as error:
-        sys.exit(f"diphones: {error}")
-    except OSError as error:
-        sys.exit(f"diphones: cannot write below {options.data}: {error.strerror or error}")
-    print(f"{total} utterances, {hours:.2f} h, of {len(voices)} speakers")
+    about = "Make training utterances of any text from pieces of the recordings."
+    made_speech.run("diphones", DIPHONES, _make, arguments, description=about, hours=100.0)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,17 @@ missing are borrowed from others. After Lam et al., "On-the-fly aligned data aug
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 
-from asr_exit.checkpoint import Model, load
+from asr_exit.checkpoint import Model
 from asr_exit.data import FRAMES_PER_SECOND, Clip, FeatureStore
-from asr_exit.errors import AsrExitError, ConfigError
+from asr_exit.errors import ConfigError
+from recipes.librispeech import made_speech
 from recipes.librispeech.alignment import Aligned, align, lateness
-from recipes.librispeech.shards import add_corpus
-from recipes.librispeech.synthesize import read_sentences
 from recipes.librispeech.variants import DIPHONES, SPLICED, SYNTHETIC
 
 MIN_WORDS = 5  # of a stretch of text
@@ -183,30 +179,17 @@ def compose(
             yield speaker, " ".join(words), np.concatenate(parts)
 
 
+def _make(
+    model: Model, store: FeatureStore, sentences: Sequence[str], options: argparse.Namespace
+) -> tuple[int, made_speech.Made]:
+    voices = find_words(model, store, options.min_words)
+    return len(voices), compose(store, voices, sentences, options.hours, options.seed)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Splice training utterances from words of the recordings.")
-    parser.add_argument("--data", type=Path, required=True, help="what prepare wrote; shards are added to its train")
-    parser.add_argument("--text", type=Path, required=True, help="sentences, one per line, plain or .xz")
-    parser.add_argument("--hours", type=float, default=20.0)
-    parser.add_argument("--model", type=Path, help="model file that finds the words (default: the bundled one)")
-    parser.add_argument("--min-words", type=int, default=600, help="of a speaker, to be spliced from (default: 600)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    try:
-        sentences = read_sentences(options.text)
-        model = load(options.model)
-        store = FeatureStore(options.data / "train", model.tokenizer)
-        voices = find_words(model, store, options.min_words)
-        made = compose(store, voices, sentences, options.hours, options.seed)
-        total, hours = add_corpus(options.data, SPLICED, made)
-    except AsrExitError as error:
-        sys.exit(f"splice: {error}")
-    except OSError as error:
-        sys.exit(f"splice: cannot write below {options.data}: {error.strerror or error}")
-    print(f"{total} utterances, {hours:.2f} h, of {len(voices)} speakers")
+    about = "Splice training utterances from words of the recordings."
+    made_speech.run("splice", SPLICED, _make, arguments, description=about, hours=20.0)
 
 
 if __name__ == "__main__":
