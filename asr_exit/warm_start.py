@@ -54,6 +54,29 @@ def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
             gain = 1.0 if other.gain is None else other.gain.item()
 
 
+@torch.no_grad()
+def fold_weak_gains(encoder: Encoder, below: float) -> int:
+    """Give feed-forward halves that have fallen idle a gain of one again, in place; the function stays the same.
+
+    A half whose branch only adds noise at first is shut by the gain of its norm. Near zero that is a trap: the gradient
+    of the weights behind it comes through the gain, and the gain's through those weights. Where the gains' root mean
+    square is less than `below`, gain and bias are folded into the weights behind them.
+
+    Returns how many halves that were.
+    """
+    folded = 0
+    for segment in encoder.segments:
+        for half in (half for layer in segment.layers for half in (layer.ff_in, layer.ff_out)):
+            gain, bias = half.norm.weight, half.norm.bias
+            if gain.square().mean().sqrt() < below:
+                half.up.bias += half.up.weight @ bias
+                half.up.weight *= gain
+                gain.fill_(1.0)
+                bias.zero_()
+                folded += 1
+    return folded
+
+
 def _with_labels(segment: Segment, source: Segment) -> dict[str, Tensor]:
     """The source's weights; with the rows of further labels in its head, and columns for them in its feedback."""
     state = source.state_dict()

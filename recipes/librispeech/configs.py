@@ -176,6 +176,11 @@ def longer() -> TrainConfig:
     )
 
 
+def revived() -> TrainConfig:
+    """More of `longer` with `--start-from MODEL`: idle feed-forward halves get their gain back, and learn."""
+    return dataclasses.replace(longer(), name="revived", minutes=47.0, seed=7, decay_from=0.35, fold_gains_below=0.3)
+
+
 def clean100() -> TrainConfig:
     """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
     return TrainConfig(
@@ -202,5 +207,8 @@ def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[
 
 CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
     f.__name__: f
-    for f in (tiny, mini5, local, continued, deepened, spliced, hardened, diphones, settled, longer, clean100, full960)
+    for f in (
+        *(tiny, mini5, local, continued, deepened, spliced, hardened, diphones, settled, longer, revived),
+        *(clean100, full960),
+    )
 }
