@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from asr_exit.checkpoint import load, save_model
 from asr_exit.encoder import Encoder
 from asr_exit.tokenizer import Tokenizer
+from asr_exit.train import Trainer
 from recipes.librispeech import bundle, train
 from recipes.librispeech.configs import tiny
 
@@ -45,6 +47,16 @@ def test_a_run_starts_from_a_model_and_keeps_its_origin(data: Path, model_file: 
     train.main(arguments(data, tmp_path / "fresh", 0.02))
     assert "started_from" not in json.loads((tmp_path / "fresh" / "provenance.json").read_text())
     assert first_exit_errors(run) < 0.5 < first_exit_errors(tmp_path / "fresh")
+
+
+def test_weak_gains_are_folded_if_the_configuration_says_so(data: Path, model_file: Path, tmp_path: Path) -> None:
+    trainer = Trainer(dataclasses.replace(tiny(), fold_gains_below=100.0), data, tmp_path)
+    trainer.start_from(load(model_file).encoder)
+    halves = 2 * tiny().model.num_layers
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"event": "folded", "feed_forward_halves": halves}
+    ones = [value for name, value in trainer.ema.items() if name.endswith(("ff_in.norm.weight", "ff_out.norm.weight"))]
+    assert len(ones) == halves
+    assert all((value == 1).all() for value in ones)
 
 
 def test_another_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
