@@ -63,7 +63,7 @@ class TrainConfig:
     gate_price: float = 0.05  # of full-depth compute in that loss, in nats per target token
     phone_weight: float = 0.0  # above 0 phones are told apart, too, with this weight of their CTC loss: `phones`
     phone_segment: int = 2  # after how many segments that is done
-    fold_gains_below: float = 0.0  # in a model to start from: weaker gains give way to 1 (`fold_weak_gains`)
+    renew_below: float = 0.0  # in a model to start from: feed-forward units that idle begin anew (`renew_idle`)
     accumulate: int = 1  # batches per update and process
     shallow_probability: float = 0.0  # of batches that run only a random number of the first segments (Sorted LLaMA)
     bf16: bool = True  # where the processor multiplies in it
@@ -114,7 +114,7 @@ class TrainConfig:
             self.phone_weight == 0 or 1 <= self.phone_segment <= self.model.num_exits,
             f"phone_segment must be 1 to {self.model.num_exits}, the model's segments",
         )
-        require(self.fold_gains_below >= 0, "fold_gains_below must not be negative")
+        require(self.renew_below >= 0, "renew_below must not be negative")
         require(self.accumulate >= 1, "accumulate must be at least 1")
 
     @classmethod

@@ -31,7 +31,7 @@ from asr_exit.run_folder import RunFolder
 from asr_exit.schedule import Stage, TrainConfig
 from asr_exit.tokenizer import Tokenizer
 from asr_exit.validation import validate
-from asr_exit.warm_start import fold_weak_gains, warm_start
+from asr_exit.warm_start import renew_idle, warm_start
 
 # settings of how long and by how many processes a run is trained; two processes equal one that accumulates two batches
 MAY_CHANGE = (
@@ -158,13 +158,13 @@ class Trainer:
         self.folder.export(self._averaged())
 
     def start_from(self, source: Encoder) -> None:
-        """Take the weights of the segments that the first stage runs from another model (`warm_start`), gains folded.
+        """Take the weights of the segments that the first stage runs from another model (`warm_start`), renewed.
 
         Raises ConfigError where the architectures differ.
         """
         warm_start(self.model, source, self.config.stages[0].segments)
-        if folded := fold_weak_gains(self.model, self.config.fold_gains_below):
-            self.report.line(event="folded", feed_forward_halves=folded)
+        if renewed := renew_idle(self.model, self.config.renew_below):
+            self.report.line(event="renewed", feed_forward_units=renewed)
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     def resume(self) -> None:

@@ -55,26 +55,37 @@ def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
 
 
 @torch.no_grad()
-def fold_weak_gains(encoder: Encoder, below: float) -> int:
-    """Give feed-forward halves that have fallen idle a gain of one again, in place; the function stays the same.
+def renew_idle(encoder: Encoder, below: float) -> int:
+    """Let hidden units of feed-forward halves that have fallen idle begin anew, in place.
 
-    A half whose branch only adds noise at first is shut by the gain of its norm. Near zero that is a trap: the gradient
-    of the weights behind it comes through the gain, and the gain's through those weights. Where the gains' root mean
-    square is less than `below`, gain and bias are folded into the weights behind them.
+    A half that only adds noise at first is shut by the gain of its norm, and stays shut: near zero the gradient of the
+    weights behind the gain comes through it, and the gain's through those weights. Its units hardly vary then. Gain and
+    bias of its norm are folded into the weights behind them; every idle unit gets fresh input weights and an output of
+    zero, and what it added goes into the bias. The function stays the same but for the little by which they varied.
 
-    Returns how many halves that were.
+    Args:
+        below: units whose input weights, times gain, have a Euclidean norm less than this are idle. As their input is
+            normalised, that is the standard deviation of what they see.
+    Returns:
+        How many units that were.
     """
-    folded = 0
+    renewed = 0
     for segment in encoder.segments:
         for half in (half for layer in segment.layers for half in (layer.ff_in, layer.ff_out)):
-            gain, bias = half.norm.weight, half.norm.bias
-            if gain.square().mean().sqrt() < below:
-                half.up.bias += half.up.weight @ bias
-                half.up.weight *= gain
-                gain.fill_(1.0)
-                bias.zero_()
-                folded += 1
-    return folded
+            weight, bias = half.up.weight * half.norm.weight, half.up.bias + half.up.weight @ half.norm.bias
+            idle = weight.norm(dim=1) < below
+            count = int(idle.sum())
+            if not count:
+                continue
+            half.down.bias += half.down.weight[:, idle] @ nn.functional.silu(bias[idle])
+            half.down.weight[:, idle] = 0.0
+            weight[idle] = torch.randn(count, weight.shape[1], device=weight.device) * weight.shape[1] ** -0.5
+            bias[idle] = 0.0
+            half.up.weight.copy_(weight)
+            half.up.bias.copy_(bias)
+            half.norm.reset_parameters()
+            renewed += count
+    return renewed
 
 
 def _with_labels(segment: Segment, source: Segment) -> dict[str, Tensor]:

@@ -177,8 +177,8 @@ def longer() -> TrainConfig:
 
 
 def revived() -> TrainConfig:
-    """More of `longer` with `--start-from MODEL`: idle feed-forward halves get their gain back, and learn."""
-    return dataclasses.replace(longer(), name="revived", minutes=47.0, seed=7, decay_from=0.35, fold_gains_below=0.3)
+    """More of `longer` with `--start-from MODEL`: feed-forward units that have fallen idle begin anew."""
+    return dataclasses.replace(longer(), name="revived", minutes=39.0, seed=7, decay_from=0.35, renew_below=0.03)
 
 
 def clean100() -> TrainConfig:
