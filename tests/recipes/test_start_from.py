@@ -49,14 +49,14 @@ def test_a_run_starts_from_a_model_and_keeps_its_origin(data: Path, model_file: 
     assert first_exit_errors(run) < 0.5 < first_exit_errors(tmp_path / "fresh")
 
 
-def test_weak_gains_are_folded_if_the_configuration_says_so(data: Path, model_file: Path, tmp_path: Path) -> None:
-    trainer = Trainer(dataclasses.replace(tiny(), fold_gains_below=100.0), data, tmp_path)
+def test_idle_units_are_renewed_if_the_configuration_says_so(data: Path, model_file: Path, tmp_path: Path) -> None:
+    trainer = Trainer(dataclasses.replace(tiny(), renew_below=100.0), data, tmp_path)
     trainer.start_from(load(model_file).encoder)
-    halves = 2 * tiny().model.num_layers
-    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"event": "folded", "feed_forward_halves": halves}
-    ones = [value for name, value in trainer.ema.items() if name.endswith(("ff_in.norm.weight", "ff_out.norm.weight"))]
-    assert len(ones) == halves
-    assert all((value == 1).all() for value in ones)
+    units = 2 * tiny().model.num_layers * tiny().model.ff_dim
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"event": "renewed", "feed_forward_units": units}
+    outputs = [value for name, value in trainer.ema.items() if name.endswith("down.weight")]
+    assert len(outputs) == 2 * tiny().model.num_layers
+    assert all((value == 0).all() for value in outputs)
 
 
 def test_another_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from asr_exit.config import ModelConfig
 from asr_exit.encoder import Encoder
 from asr_exit.errors import ConfigError
 from asr_exit.tokenizer import BLANK_ID
-from asr_exit.warm_start import fold_weak_gains, warm_start
+from asr_exit.warm_start import renew_idle, warm_start
 
 SMALL = ModelConfig(
     vocab_size=24, d_model=32, ff_dim=64, num_heads=2, num_layers=8, subsampling=4, subsampling_channels=4
@@ -134,33 +134,28 @@ def test_labels_stand_for_whole_feature_frames() -> None:
     assert replace(SMALL, labels_per_frame=2).label_ms == SMALL.frame_ms / 2
 
 
-def test_weak_gains_are_folded_without_a_change_and_learn_again() -> None:
+def test_idle_units_begin_anew_and_the_function_stays() -> None:
     encoder = random_encoder(SMALL, 0)
-    shut = encoder.segments[2].layers[1].ff_out
+    shut, half_shut = encoder.segments[2].layers[1].ff_out, encoder.segments[1].layers[0].ff_in
     with torch.no_grad():
-        shut.norm.weight.mul_(1e-4)
-        shut.norm.bias.mul_(1e-4)
-        shut.up.weight.mul_(0.1)
+        shut.norm.weight.mul_(1e-5)  # with a bias of its norm, the units are still not zero
+        half_shut.up.weight[:10] *= 1e-5
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     expected = logits(encoder, 4)
-
-    def gradient() -> float:
-        encoder.zero_grad()
-        features = torch.randn(1, 96, SMALL.features.num_mels, generator=torch.Generator().manual_seed(9))
-        encoder(features, torch.tensor([96]), chunk_frames=4).logits[-1].square().sum().backward()
-        assert shut.up.weight.grad is not None
-        return float(shut.up.weight.grad.norm())
-
-    hardly = gradient()
-    assert fold_weak_gains(encoder, 0.3) == 1
+    assert renew_idle(encoder, 1e-3) == 64 + 10
     for at, same in zip(logits(encoder, 4), expected, strict=True):
-        torch.testing.assert_close(at, same, atol=1e-5, rtol=0)
-    assert (shut.norm.weight == 1).all()
-    assert (shut.norm.bias == 0).all()
-    assert gradient() > 1000 * hardly
+        torch.testing.assert_close(at, same, atol=1e-3, rtol=0)
     after = encoder.state_dict()
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    assert changed == {
-        f"segments.2.layers.1.ff_out.{part}" for part in ("norm.weight", "norm.bias", "up.weight", "up.bias")
-    }
-    assert fold_weak_gains(encoder, 0.3) == 0
+    parts = ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias")
+    halves = ("segments.2.layers.1.ff_out", "segments.1.layers.0.ff_in")
+    assert changed == {f"{half}.{part}" for half in halves for part in parts}
+    assert (shut.down.weight == 0).all()
+    assert (shut.up.weight.norm(dim=1) - 1).abs().max() < 0.6  # each unit sees something of its own
+    assert (half_shut.down.weight[:, :10] == 0).all()
+    torch.testing.assert_close(half_shut.down.weight[:, 10:], before[f"{halves[1]}.down.weight"][:, 10:])
+    assert renew_idle(encoder, 1e-3) == 0
+    features = torch.randn(1, 96, SMALL.features.num_mels, generator=torch.Generator().manual_seed(9))
+    encoder(features, torch.tensor([96]), chunk_frames=4).logits[-1].square().sum().backward()
+    assert shut.down.weight.grad is not None
+    assert torch.linalg.matrix_rank(shut.down.weight.grad) > 16  # they can learn different things
