@@ -159,7 +159,7 @@ def longer() -> TrainConfig:
     return dataclasses.replace(
         settled(),
         name="longer",
-        minutes=75.0,
+        minutes=68.0,
         seed=6,
         stages=(Stage(1.0, 6, 130.0, 17.0, True, 1.2e-3),),
         decay_from=0.4,
@@ -174,11 +174,6 @@ def longer() -> TrainConfig:
             time_masked_share=0.2,
         ),
     )
-
-
-def revived() -> TrainConfig:
-    """More of `longer` with `--start-from MODEL`: feed-forward units that have fallen idle begin anew."""
-    return dataclasses.replace(longer(), name="revived", minutes=39.0, seed=7, decay_from=0.35, renew_below=0.03)
 
 
 def clean100() -> TrainConfig:
@@ -207,8 +202,5 @@ def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[
 
 CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
     f.__name__: f
-    for f in (
-        *(tiny, mini5, local, continued, deepened, spliced, hardened, diphones, settled, longer, revived),
-        *(clean100, full960),
-    )
+    for f in (tiny, mini5, local, continued, deepened, spliced, hardened, diphones, settled, longer, clean100, full960)
 }
