@@ -75,8 +75,8 @@ def test_variants_are_trained_once_and_tabled(
 def test_rows_that_the_data_cannot_make_are_left_out(data: Path, tmp_path: Path) -> None:
     rows = {**variants(30.0, 4), **going_on(8.0, 4)}
     left_out = {name for name, config in rows.items() if ablate.lacking(name, config, data)}
-    ours = {"noise", "reverberation", "synthetic speech", "spliced speech", "diphone speech"}
-    added = {"reverberation", "spliced speech"}
+    ours = {"noise", "reverberation", "synthetic speech", "spliced speech", "diphone speech", "phones at exit 4"}
+    added = {"reverberation", "spliced speech", "phones at exit 4"}
     with_or_without = {f"without {name}" for name in ours - added} | {f"with {name}" for name in added}
     with pytest.raises(SystemExit, match="no row is left"):
         ablate.main(["--data", str(data), "--out", str(tmp_path), "--hours", "30", "--layers", "4", "--only", "noise"])
