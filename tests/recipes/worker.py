@@ -71,6 +71,7 @@ def group(data: Path, out: Path) -> None:
     shared.run()
     sums = [float(p.detach().double().sum()) for p in shared.model.parameters()]
     assert processes.gather(sums) == [sums, sums], "the processes have different weights"
+    (out / f"agreed-{processes.rank}").touch()
     processes.close()
 
 
