@@ -77,7 +77,7 @@ def renew_idle(encoder: Encoder, below: float) -> int:
             count = int(idle.sum())
             if not count:
                 continue
-            half.down.bias += half.down.weight[:, idle] @ nn.functional.silu(bias[idle])
+            half.down.bias.add_(half.down.weight[:, idle] @ nn.functional.silu(bias[idle]))
             half.down.weight[:, idle] = 0.0
             weight[idle] = torch.randn(count, weight.shape[1], device=weight.device) * weight.shape[1] ** -0.5
             bias[idle] = 0.0
