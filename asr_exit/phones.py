@@ -1,8 +1,9 @@
 """Phones as a second task in training: CTC over a word's sounds, read from the state after a shallow segment.
 
 English spelling hides what its sounds share, and a few hours of speech do not show it. A pronunciation lexicon says it
-outright: lower layers that must tell phones apart hear better, and deeper ones are left to spell (hierarchical
-multitask training, Sanabria and Metze, arXiv 1807.07104). Only training has this output; nothing of it is exported.
+outright, to lower layers that must tell phones apart while deeper ones spell (hierarchical multitask training, Sanabria
+and Metze, arXiv 1807.07104). Only training has this output; nothing of it is exported.
+The bundled model gained nothing by it.
 
 Shapes: B batch, T encoder frames, D model dimension, P phones and the blank.
 """
@@ -14,18 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asr_exit.encoder import ExitHead
 from asr_exit.errors import ConfigError
+from asr_exit.loss import ctc_loss
+from asr_exit.tokenizer import BLANK_ID
 
 LEXICON = "lexicon.json"  # in the data folder: {word: "phone phone ..."}
 LABELS_PER_FRAME = 2  # a frame of 80 ms holds a phone on average, and CTC needs room between equal ones
-_BLANK = 0
 
 
 class PhoneExit(nn.Module):
-    """Normalisation and a linear CTC layer over phones. Zero at first and without random draws, so that a run with it
+    """An exit head over phones. Zero at first and without random draws, so that a run with it
     begins as it does without."""
 
     def __init__(self, d_model: int, lexicon: Mapping[str, Sequence[str]]) -> None:
@@ -38,12 +40,12 @@ class PhoneExit(nn.Module):
         names = sorted({phone for phones in lexicon.values() for phone in phones})
         if not names:
             raise ConfigError("the lexicon holds no phone; make it again with `python -m recipes.librispeech.lexicon`")
-        self.phones = (len(names) + 1) * LABELS_PER_FRAME
-        numbers = {name: number for number, name in enumerate(names, start=1)}
+        numbers = {name: number for number, name in enumerate(names, start=BLANK_ID + 1)}
         self._ids = {word: tuple(numbers[phone] for phone in phones) for word, phones in lexicon.items()}
-        self.norm = nn.LayerNorm(d_model)
-        self.weight = nn.Parameter(torch.zeros(self.phones, d_model))
-        self.bias = nn.Parameter(torch.zeros(self.phones))
+        with torch.random.fork_rng(devices=[]):
+            self.head = ExitHead(d_model, len(names) + 1, labels_per_frame=LABELS_PER_FRAME)
+        nn.init.zeros_(self.head.out.weight)
+        nn.init.zeros_(self.head.out.bias)
         self.last = float("nan")  # what `loss` said last
 
     def targets(self, text: str) -> tuple[int, ...]:
@@ -57,8 +59,7 @@ class PhoneExit(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """(B, T, D) -> (B, `LABELS_PER_FRAME` * T, P) logits."""
-        logits = F.linear(self.norm(state.float()), self.weight, self.bias)
-        return logits.unflatten(-1, (LABELS_PER_FRAME, -1)).flatten(1, 2)
+        return self.head(state.float())  # type: ignore[no-any-return]
 
     def loss(self, state: Tensor, lengths: Tensor, texts: Sequence[str]) -> Tensor:
         """CTC per phone, scalar fp32; of the texts that the lexicon has all words of. 0 where there is none.
@@ -69,19 +70,15 @@ class PhoneExit(nn.Module):
         targets = [self.targets(text) for text in texts]
         rows = torch.tensor([row for row, phones in enumerate(targets) if phones], device=state.device)
         known = [phones for phones in targets if phones]
-        log_probs = self(state).float().log_softmax(dim=-1)
+        logits = self(state)
         if not known:
-            return log_probs.sum() * 0.0  # every process has gradients of the same parameters
-        total = F.ctc_loss(
-            log_probs.index_select(0, rows).transpose(0, 1),
-            torch.tensor([phone for phones in known for phone in phones], device=state.device),
+            return logits.sum() * 0.0  # every process has gradients of the same parameters
+        loss = ctc_loss(
+            logits.index_select(0, rows),
             LABELS_PER_FRAME * lengths.index_select(0, rows),
+            torch.tensor([phone for phones in known for phone in phones], device=state.device),
             torch.tensor([len(phones) for phones in known], device=state.device),
-            blank=_BLANK,
-            reduction="sum",
-            zero_infinity=True,
         )
-        loss = total / sum(map(len, known))
         self.last = float(loss.detach())
         return loss
 

@@ -47,8 +47,8 @@ def test_loss_by_hand_and_per_phone() -> None:
     nothing = phones.loss(state, lengths, ["c", "c"])
     nothing.backward()
     assert float(nothing.detach()) == 0.0
-    assert phones.weight.grad is not None
-    assert (phones.weight.grad == 0).all()
+    assert phones.head.out.weight.grad is not None
+    assert (phones.head.out.weight.grad == 0).all()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_objective_adds_its_share_where_the_segment_runs(model: Encoder) -> None
 
 def test_its_gradient_ends_at_the_segment_it_reads(model: Encoder) -> None:
     phones = PhoneExit(MODEL.d_model, LEXICON_OF_TWO)
-    torch.nn.init.normal_(phones.weight, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(phones.head.out.weight, generator=torch.Generator().manual_seed(0))
     grads = []
     for part in (None, phones):
         model.zero_grad()
