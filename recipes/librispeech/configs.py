@@ -176,6 +176,22 @@ def longer() -> TrainConfig:
     )
 
 
+def revived() -> TrainConfig:
+    """More of `longer` with `--start-from MODEL`: idle feed-forward units begin anew; more for exit 2; no phones."""
+    return dataclasses.replace(
+        longer(),
+        name="revived",
+        minutes=94.0,
+        seed=7,
+        stages=(Stage(1.0, 6, 130.0, 17.0, True, 1.1e-3),),
+        decay_from=0.35,
+        exit_weights=(4.0, 1.0, 1.0, 1.2, 1.4, 2.0),
+        phone_weight=0.0,
+        renew_below=0.03,
+        chunk_weights=((2, 0.5), (4, 2.0), (8, 6.0), (16, 2.0), (0, 0.5)),
+    )
+
+
 def clean100() -> TrainConfig:
     """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
     return TrainConfig(
@@ -202,5 +218,19 @@ def _grown(to_four: float, to_six: float, batch_seconds: float = 75.0) -> tuple[
 
 CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
     f.__name__: f
-    for f in (tiny, mini5, local, continued, deepened, spliced, hardened, diphones, settled, longer, clean100, full960)
+    for f in (
+        tiny,
+        mini5,
+        local,
+        continued,
+        deepened,
+        spliced,
+        hardened,
+        diphones,
+        settled,
+        longer,
+        revived,
+        clean100,
+        full960,
+    )
 }
