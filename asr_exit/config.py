@@ -120,6 +120,11 @@ class ModelConfig:
         """Plain JSON-ready mapping."""
         return dataclasses.asdict(self)
 
+    def with_layers(self, num_layers: int) -> ModelConfig:
+        """The same for another number of layers, exit heads of deeper ones left out."""
+        heads = self.head_hidden[: num_layers // self.exit_every]
+        return dataclasses.replace(self, num_layers=num_layers, head_hidden=heads)
+
     @property
     def num_exits(self) -> int:
         return self.num_layers // self.exit_every

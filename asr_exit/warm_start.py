@@ -28,7 +28,8 @@ def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
     """Copy the subsampling and the first `segments` segments of `source` into `encoder`, in place.
 
     Deeper segments keep their random weights, so do exit heads of another size and a feedback that the source lacks;
-    the feature statistics are those of the training data. Gains at the hand-over that only the source has are folded
+    the feature statistics are those of the training data. A head that gets a hidden layer at least twice as wide as the
+    state says at first what the source's linear head says. Gains at the hand-over that only the source has are folded
     into the weights that follow them, so that the function is the same; without its feedback, or with the
     convolution's other reach, it is near. Where a frame writes more labels than in the source, the first ones are the
     source's and the others begin as blanks.
@@ -48,7 +49,7 @@ def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
     encoder.subsampling.load_state_dict(source.subsampling.state_dict())
     gain = 1.0
     for own, other in zip(encoder.segments[:segments], source.segments, strict=False):
-        _copy(own, _with_labels(own, other))
+        _copy(own, _with_hidden_layer(own, _with_labels(own, other)))
         if own.gain is None:
             _divide_branches(own, gain)
             gain = 1.0 if other.gain is None else other.gain.item()
@@ -103,6 +104,22 @@ def _with_labels(segment: Segment, source: Segment) -> dict[str, Tensor]:
         columns = state["feedback.weight"]
         state["feedback.weight"] = torch.cat((columns, columns.new_zeros(len(columns), more)), dim=1)
     return state
+
+
+def _with_hidden_layer(segment: Segment, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A linear head as one with a hidden layer, where ours has one of 2 D units or more: x = silu(x) - silu(-x).
+
+    What the layer has beyond them keeps its random input weights and begins with outputs of zero.
+    """
+    hidden, weight = segment.head.hidden, state["head.out.weight"]
+    if hidden is None or "head.hidden.weight" in state or hidden.out_features < 2 * weight.shape[1]:
+        return state
+    identity = torch.eye(weight.shape[1])
+    inputs, out = hidden.weight.detach().clone(), weight.new_zeros(len(weight), hidden.out_features)
+    inputs[: 2 * len(identity)] = torch.cat((identity, -identity))
+    out[:, : 2 * len(identity)] = torch.cat((weight, -weight), dim=1)
+    bias = torch.zeros(hidden.out_features)
+    return {**state, "head.hidden.weight": inputs, "head.hidden.bias": bias, "head.out.weight": out}
 
 
 def _copy(segment: Segment, state: Mapping[str, Any]) -> None:

@@ -117,7 +117,7 @@ def score_start(model: Path, layers: int, out: Path, folder: Path, chunk_frames:
     source = load(model)
 
     def encoder() -> Encoder:
-        made = Encoder(dataclasses.replace(source.config, num_layers=layers)).eval()
+        made = Encoder(source.config.with_layers(layers)).eval()
         warm_start(made, source.encoder, made.config.num_exits)
         made.set_feature_stats(source.encoder.feature_mean, source.encoder.feature_std)
         return made
@@ -205,7 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
-        known = (going_on if options.start_from else variants)(options.hours, options.layers)
+        if options.start_from:
+            known = going_on(options.hours, options.layers, load(options.start_from).encoder.config.head_hidden)
+        else:
+            known = variants(options.hours, options.layers)
         names = options.only.split(",") if options.only else list(known)
         unknown = [name for name in names if name not in known]
         if unknown:

@@ -192,6 +192,21 @@ def revived() -> TrainConfig:
     )
 
 
+def retold() -> TrainConfig:
+    """More of `revived` with `--start-from MODEL`: 200 h of `diphones` not heard before; exit 2 has a hidden layer."""
+    shares = {**dict(revived().corpus_shares), "diphones": 0.2}
+    return dataclasses.replace(
+        revived(),
+        name="retold",
+        model=dataclasses.replace(LIBRISPEECH_MODEL, head_hidden=(384, 0, 0, 0, 0, 0)),
+        minutes=82.0,
+        seed=8,
+        decay_from=0.25,
+        renew_below=0.0,
+        corpus_shares=tuple(shares.items()),
+    )
+
+
 def clean100() -> TrainConfig:
     """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
     return TrainConfig(
@@ -230,6 +245,7 @@ CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
         settled,
         longer,
         revived,
+        retold,
         clean100,
         full960,
     )

@@ -4,7 +4,7 @@ runs that go on from a trained model, all methods but one."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from asr_exit.augment import AugmentConfig
 from asr_exit.schedule import Stage, TrainConfig
@@ -143,15 +143,16 @@ def short(config: TrainConfig, layers: int, hours: float) -> TrainConfig:
     return dataclasses.replace(config, model=model, stages=stages, decay_from=0.5, minutes=None, hours=hours)
 
 
-def going_on(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
+def going_on(hours: float, layers: int = 12, head_hidden: Sequence[int] = ()) -> dict[str, TrainConfig]:
     """Rows that go on from a trained model: with all of its methods, with each left out or one added, and plain.
 
     Then models of 2, half and all layers of which only the last exit counts: the seed paper's comparison.
 
-    The learning rate is high enough to unlearn for the first third of the run, then falls.
+    The learning rate is high enough to unlearn for the first third of the run, then falls. All have the exit heads of
+    the trained model, `head_hidden`, dedicated ones too.
     """
     trained = diphones()
-    model = dataclasses.replace(trained.model, num_layers=layers)
+    model = dataclasses.replace(trained.model, head_hidden=tuple(head_hidden)).with_layers(layers)
     stages = (Stage(1.0, model.num_exits, 80.0, 17.0, True, 1.2e-3),)
     run = {"stages": stages, "minutes": None, "hours": hours, "decay_from": 0.3, "exit_weights": (), "ema_decay": 0.99}
     everything = dataclasses.replace(trained, model=model, warmup_updates=50, **run)  # type: ignore[arg-type]
@@ -173,7 +174,7 @@ def going_on(hours: float, layers: int = 12) -> dict[str, TrainConfig]:
 
 def _last_exit_only(config: TrainConfig, layers: int) -> TrainConfig:
     """`config` for the first `layers` layers; the exits before their last one feed deeper layers and learn nothing."""
-    model = dataclasses.replace(config.model, num_layers=layers)
+    model = config.model.with_layers(layers)
     weights = (*(1e-6,) * (model.num_exits - 1), 1.0)
     stages = tuple(dataclasses.replace(stage, segments=model.num_exits) for stage in config.stages)
     return dataclasses.replace(

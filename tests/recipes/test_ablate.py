@@ -29,6 +29,13 @@ def test_rows_that_go_on_differ_in_one_method(layers: int) -> None:
         assert len(changed) <= 1 or several, (name, changed)
 
 
+def test_rows_that_go_on_keep_the_heads_of_the_model() -> None:
+    rows = going_on(8.0, 12, (384, 0, 0, 0, 0, 0))
+    assert rows["everything"].model.head_hidden == (384, 0, 0, 0, 0, 0)
+    assert rows["dedicated 2 layers"].model.head_hidden == (384,)
+    assert going_on(8.0, 4, (384, 0, 0, 0, 0, 0))["everything"].model.head_hidden == (384, 0)
+
+
 @pytest.mark.parametrize("layers", [4, 12])
 def test_every_variant_is_a_valid_configuration_that_survives_json(layers: int) -> None:
     rows = variants(30.0, layers)
@@ -98,7 +105,7 @@ def test_rows_go_on_from_a_model(
     bundle.main(["--run", str(tiny_run), "--out", str(model)])
     stages = (dataclasses.replace(tiny().stages[-1], learning_rate=1e-5),)
     row = dataclasses.replace(tiny(), hours=0.005, stages=stages)
-    monkeypatch.setattr(ablate, "going_on", lambda hours, layers: {"everything": row})
+    monkeypatch.setattr(ablate, "going_on", lambda hours, layers, head_hidden: {"everything": row})
     arguments = ["--data", str(data), "--out", str(tmp_path / "out"), "--hours", "0.005", "--layers", "4"]
     arguments += ["--threads", "1", "--start-from", str(model)]
     ablate.main(arguments)

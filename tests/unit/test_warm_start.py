@@ -45,6 +45,8 @@ def logits(encoder: Encoder, segments: int) -> list[torch.Tensor]:
         (WITH_GAIN, replace(SMALL, num_layers=4), 2),  # folded; our last segment has no feedback
         (WITH_GAIN, replace(WITH_GAIN, num_layers=12), 3),  # gains stay gains
         (SMALL, SMALL, 4),
+        (SMALL, replace(SMALL, head_hidden=(64, 0, 72, 0)), 4),  # linear heads as hidden layers
+        (SMALL, replace(SMALL, head_hidden=(80,), num_layers=2), 1),
     ],
 )
 def test_copied_segments_say_the_same(source: ModelConfig, ours: ModelConfig, segments: int) -> None:
