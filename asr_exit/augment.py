@@ -17,8 +17,10 @@ class AugmentConfig:
     """SpecAugment (arXiv 1904.08779) with time masks proportional to the length, warps, a level shift, and noise.
 
     The frequency warp is vocal tract length perturbation (Jaitly and Hinton, ICML WDLASL 2013) on log-mel bands: it
-    makes new speakers. The time warp changes the tempo about once a second and keeps the length. Reverberation spreads
-    each band's power over the following frames as a room's impulse response spreads energy; phases are ignored.
+    makes new speakers. The random filter is FilterAugment's linear one (arXiv 2110.03282): it makes new microphones
+    and voices of another timbre. The time warp changes the tempo about once a second and keeps the length.
+    Reverberation spreads each band's power over the following frames as a room's impulse response spreads energy;
+    phases are ignored.
     """
 
     freq_warp: float = 0.0  # frequencies are scaled by a factor uniform in 1 +- this
@@ -29,13 +31,14 @@ class AugmentConfig:
     time_mask_frames: int = 25  # widest, feature frames
     time_masked_share: float = 0.2  # of an utterance, at most
     gain_nepers: float = 1.5  # log-power shift, uniform in +- this
+    filter_db: float = 0.0  # gains of a random filter over the bands, uniform in +- this
     noise_probability: float = 0.0
     noise_snr_db: tuple[float, float] = (5.0, 25.0)
     room_probability: float = 0.0  # of reverberation
 
 
 class Augment:
-    """Callable for `collate`: warps, level, noise, then masks filled with the mean."""
+    """Callable for `collate`: warps, rooms, level, filter, noise, then masks filled with the mean."""
 
     def __init__(
         self,
@@ -81,6 +84,9 @@ class Augment:
         if config.gain_nepers > 0:
             shift = rng.uniform(-config.gain_nepers, config.gain_nepers, (len(features), 1, 1))
             features += shift.astype(np.float32)
+        if config.filter_db > 0:
+            for row in features:
+                row += random_filter(features.shape[-1], config.filter_db, rng)
         if self.noise is not None and config.noise_probability > 0:
             for row in np.flatnonzero(rng.random(len(features)) < config.noise_probability).tolist():
                 clip = self.noise.clips[int(rng.integers(len(self.noise.clips)))]
@@ -113,6 +119,14 @@ def freq_warp(factor: float, features: FeatureConfig) -> np.ndarray:
     bands = (1127.0 * np.log1p(np.maximum(sources, 0.0) / 700.0) - low) / step - 1.0
     bands = np.clip(bands, 0, features.num_mels - 1)
     return np.maximum(0.0, 1.0 - np.abs(np.arange(features.num_mels)[:, None] - bands)).astype(np.float32)
+
+
+def random_filter(bands: int, gain_db: float, rng: np.random.Generator) -> np.ndarray:
+    """(bands,) to add to log-power: 4 to 7 gains uniform in +- `gain_db`, at both ends and at random bands between."""
+    knots = int(rng.integers(4, 8))
+    at = np.concatenate(([0.0], np.sort(rng.uniform(0, bands - 1, knots - 2)), [bands - 1.0]))
+    gains = rng.uniform(-gain_db, gain_db, knots) * (np.log(10.0) / 10.0)
+    return np.interp(np.arange(bands), at, gains).astype(np.float32)
 
 
 def time_warp(speech: np.ndarray, width: float, rng: np.random.Generator) -> np.ndarray:

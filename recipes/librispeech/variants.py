@@ -62,6 +62,7 @@ METHODS: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
     "speed perturbation": _set(speeds=()),
     "frequency warp": lambda c: _augment(c, freq_warp=0.12),
     "time warp": lambda c: _augment(c, time_warp=0.15),
+    "random filter": lambda c: _augment(c, filter_db=6.0),
     "noise": lambda c: _augment(c, noise_probability=0.2),
     "reverberation": lambda c: _augment(c, room_probability=0.2),
     "synthetic speech": lambda c: _shares(c, synthetic=1.0),
@@ -112,6 +113,7 @@ WITHOUT: Mapping[str, Callable[[TrainConfig], TrainConfig]] = {
 ADDED = (
     "spliced speech",
     "dynamic left context",
+    "random filter",
     "reverberation",
     "exit weights (deep)",
     "exit weights (shallow)",

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asr_exit.augment import Augment, AugmentConfig, freq_warp, reverberate, spec_augment, time_warp
+from asr_exit.augment import (
+    Augment,
+    AugmentConfig,
+    freq_warp,
+    random_filter,
+    reverberate,
+    spec_augment,
+    time_warp,
+)
 from asr_exit.config import FeatureConfig
 from asr_exit.data import FeatureStore
 from asr_exit.errors import ConfigError
@@ -63,6 +71,28 @@ def test_gain_shifts_an_utterance_as_a_whole() -> None:
     shift = features - before
     assert shift.std(axis=(1, 2)).max() < 1e-5
     assert 0.01 < np.abs(shift).max() <= 1.5
+
+
+def test_every_utterance_gets_a_smooth_filter_of_its_own() -> None:
+    config = AugmentConfig(freq_masks=0, time_masks_per_second=0.0, gain_nepers=0.0, filter_db=6.0)
+    features, lengths = batch(rows=3)
+    before = features.copy()
+    Augment(config, MEAN)(features, lengths, np.random.default_rng(5))
+    added = features - before
+    assert np.ptp(added, axis=1).max() < 1e-5  # the same in every frame
+    filters = added.mean(axis=1)
+    assert np.abs(filters[0] - filters[1]).max() > 0.1
+    assert np.abs(filters[0] - filters[2]).max() > 0.1
+
+
+def test_random_filters_stay_in_range_and_turn_at_a_few_bands_only() -> None:
+    rng = np.random.default_rng(0)
+    drawn = np.stack([random_filter(80, 6.0, rng) for _ in range(300)])
+    most = 0.6 * np.log(10.0)
+    assert 0.9 * most < np.abs(drawn).max() <= most
+    turns = np.abs(np.diff(drawn.astype(np.float64), n=2, axis=1)) > 1e-5
+    assert turns.sum(axis=1).max() <= 2 * 5  # a knot between two bands bends at both
+    assert (np.abs(drawn[:, 0]) > 1.0).any()  # the lowest band is filtered, too
 
 
 def test_noise_raises_power_by_the_ratio_asked(tmp_path: Path) -> None:
