@@ -5,13 +5,16 @@
 
 Sources are model files, run folders (their ema.safetensors), and copies of a run's ema.safetensors or state.pt that lie
 in its folder. They must be stages of one training, or trainings that began from one: the mean of unrelated models is
-noise. Calibration is not carried over, since its thresholds belong to the weights they were found for: calibrate again.
+noise. Where one has a linear exit head and the last a hidden layer of twice the model's width there, its head becomes
+such a layer that says the same, as it did in training with --start-from. Calibration is not carried over, since its
+thresholds belong to the weights they were found for: calibrate again.
 Gates that were trained with the encoder are averaged, too, where all sources have them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,8 +24,11 @@ import torch
 from torch import Tensor
 
 from asr_exit.checkpoint import Model, load, save_model
+from asr_exit.config import ModelConfig
+from asr_exit.encoder import Encoder
 from asr_exit.errors import AsrExitError, CheckpointError, ConfigError
 from asr_exit.joint_gates import KEY, gates_of, with_gates
+from asr_exit.warm_start import warm_start
 from recipes.librispeech.bundle import Parts, read_run, without_paths
 
 
@@ -54,6 +60,26 @@ def mean_of(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) ->
     return mean
 
 
+def in_shape_of(config: ModelConfig, source: Parts) -> Mapping[str, Tensor] | None:
+    """Weights of `source` as those of a model of `config` that computes the same; None if there is no such thing.
+
+    The two may differ in exit heads: linear in `source`, with a hidden layer of 2 D units in `config`.
+    """
+    if source.config == config:
+        return source.state
+    ours, theirs = (c.head_hidden or (0,) * c.num_exits for c in (config, source.config))
+    if dataclasses.replace(source.config, head_hidden=config.head_hidden) != config or any(
+        width != before and (before, width) != (0, 2 * config.d_model)
+        for before, width in zip(theirs, ours, strict=True)
+    ):
+        return None
+    made, encoder = Encoder(config), Encoder(source.config)
+    encoder.load_state_dict(source.state)
+    warm_start(made, encoder, config.num_exits)
+    made.set_feature_stats(encoder.feature_mean, encoder.feature_std)
+    return made.state_dict()
+
+
 def average(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> Model:
     """Write the mean of `paths` to `out` and load it back.
 
@@ -67,25 +93,28 @@ def average(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = 
     if len(weights) != len(paths) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise ConfigError(f"--weights must be {len(paths)} positive numbers, one for each source")
     sources = [read_source(path) for path in paths]
-    first = sources[0]
+    last = sources[-1]
+    states: list[Mapping[str, Tensor]] = []
     for path, source in zip(paths, sources, strict=True):
-        if source.config != first.config:
-            raise CheckpointError(f"{path} has another shape than {paths[0]}: average stages of one training only")
-        if source.tokenizer.proto != first.tokenizer.proto:
-            raise CheckpointError(f"{path} has another tokenizer than {paths[0]}: average stages of one training only")
+        state = in_shape_of(last.config, source)
+        if state is None:
+            raise CheckpointError(f"{path} has another shape than {paths[-1]}: average stages of one training only")
+        if source.tokenizer.proto != last.tokenizer.proto:
+            raise CheckpointError(f"{path} has another tokenizer than {paths[-1]}: average stages of one training only")
         for name in ("feature_mean", "feature_std"):
-            if not torch.equal(source.state[name], first.state[name]):
-                raise CheckpointError(f"{path} has other feature statistics than {paths[0]}: it saw other data")
+            if not torch.equal(source.state[name], last.state[name]):
+                raise CheckpointError(f"{path} has other feature statistics than {paths[-1]}: it saw other data")
+        states.append(state)
     made = [
         {"source": path.name, "weight": weight, **source.provenance}
         for path, weight, source in zip(paths, weights, sources, strict=True)
     ]
-    provenance = {**sources[-1].provenance, "averaged": made}
-    mean = mean_of([source.state for source in sources], weights)
+    provenance = {**last.provenance, "averaged": made}
+    mean = mean_of(states, weights)
     gates = [{KEY: source.gates} for source in sources if source.gates is not None]
     rows = mean_of(gates, weights)[KEY] if len(gates) == len(sources) else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_model(out, first.config, mean, first.tokenizer, with_gates(None, rows), without_paths(provenance))
+    save_model(out, last.config, mean, last.tokenizer, with_gates(None, rows), without_paths(provenance))
     return load(out)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from asr_exit.checkpoint import load, save_model
+from asr_exit.encoder import Encoder
+from asr_exit.warm_start import warm_start
 from recipes.librispeech import average, bundle
 from tests.conftest import random_model
 
@@ -58,6 +61,24 @@ def test_equal_models_give_the_model_itself(tmp_path: Path) -> None:
     mean = load(tmp_path / "mean")
     for name, value in load(tmp_path / "a").encoder.state_dict().items():
         assert torch.equal(value, mean.encoder.state_dict()[name])
+
+
+def test_a_linear_head_is_averaged_with_a_hidden_layer_that_began_as_it(tmp_path: Path) -> None:
+    before = random_model(d_model=32, num_heads=2)
+    config = replace(before.config, head_hidden=(64, *[0] * (before.config.num_exits - 1)))
+    after = Encoder(config)
+    warm_start(after, before.encoder, config.num_exits)
+    after.set_feature_stats(before.encoder.feature_mean, before.encoder.feature_std)
+    save_model(tmp_path / "before", before.config, before.encoder.state_dict(), before.tokenizer)
+    save_model(tmp_path / "after", config, after.state_dict(), before.tokenizer)
+    sources = [str(tmp_path / name) for name in ("before", "after")]
+    average.main([*sources, "--out", str(tmp_path / "mean")])  # of two that say the same
+    mean = load(tmp_path / "mean")
+    assert mean.config.head_hidden == config.head_hidden
+    for name, value in load(tmp_path / "after").encoder.state_dict().items():
+        torch.testing.assert_close(mean.encoder.state_dict()[name], value, rtol=1e-3, atol=1e-3)
+    with pytest.raises(SystemExit, match="another shape"):  # a hidden layer does not become linear
+        average.main([*reversed(sources), "--out", str(tmp_path / "no")])
 
 
 def test_what_does_not_belong_together_is_refused(run: Path, tmp_path: Path) -> None:
