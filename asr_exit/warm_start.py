@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asr_exit.config import ModelConfig
 from asr_exit.encoder import Encoder, Segment
 from asr_exit.errors import ConfigError
 from asr_exit.tokenizer import BLANK_ID
@@ -53,6 +54,18 @@ def warm_start(encoder: Encoder, source: Encoder, segments: int) -> None:
         if own.gain is None:
             _divide_branches(own, gain)
             gain = 1.0 if other.gain is None else other.gain.item()
+
+
+def in_shape_of(config: ModelConfig, source: Encoder) -> Encoder:
+    """A new encoder of `config`, for evaluation, with all that `source` has for it: weights and feature statistics.
+
+    Raises:
+        ConfigError: as `warm_start`.
+    """
+    encoder = Encoder(config).eval()
+    warm_start(encoder, source, config.num_exits)
+    encoder.set_feature_stats(source.feature_mean, source.feature_std)
+    return encoder
 
 
 @torch.no_grad()

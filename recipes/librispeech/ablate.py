@@ -33,7 +33,7 @@ from asr_exit.phones import LEXICON
 from asr_exit.schedule import TrainConfig
 from asr_exit.tokenizer import Tokenizer
 from asr_exit.validation import Decoded, decode_exits, held_out_batches
-from asr_exit.warm_start import warm_start
+from asr_exit.warm_start import in_shape_of
 from recipes.librispeech.variants import DIPHONES, SPLICED, SYNTHETIC, going_on, variants
 
 
@@ -117,10 +117,7 @@ def score_start(model: Path, layers: int, out: Path, folder: Path, chunk_frames:
     source = load(model)
 
     def encoder() -> Encoder:
-        made = Encoder(source.config.with_layers(layers)).eval()
-        warm_start(made, source.encoder, made.config.num_exits)
-        made.set_feature_stats(source.encoder.feature_mean, source.encoder.feature_std)
-        return made
+        return in_shape_of(source.config.with_layers(layers), source.encoder)
 
     kept = out / _texts_of(folder, chunk_frames, str(model.resolve()))
     return _decoded(kept, encoder, source.tokenizer, folder, chunk_frames)

@@ -28,7 +28,7 @@ from asr_exit.config import ModelConfig
 from asr_exit.encoder import Encoder
 from asr_exit.errors import AsrExitError, CheckpointError, ConfigError
 from asr_exit.joint_gates import KEY, gates_of, with_gates
-from asr_exit.warm_start import warm_start
+from asr_exit.warm_start import in_shape_of
 from recipes.librispeech.bundle import Parts, read_run, without_paths
 
 
@@ -60,7 +60,7 @@ def mean_of(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) ->
     return mean
 
 
-def in_shape_of(config: ModelConfig, source: Parts) -> Mapping[str, Tensor] | None:
+def weights_for(config: ModelConfig, source: Parts) -> Mapping[str, Tensor] | None:
     """Weights of `source` as those of a model of `config` that computes the same; None if there is no such thing.
 
     The two may differ in exit heads: linear in `source`, with a hidden layer of 2 D units in `config`.
@@ -73,11 +73,9 @@ def in_shape_of(config: ModelConfig, source: Parts) -> Mapping[str, Tensor] | No
         for before, width in zip(theirs, ours, strict=True)
     ):
         return None
-    made, encoder = Encoder(config), Encoder(source.config)
+    encoder = Encoder(source.config)
     encoder.load_state_dict(source.state)
-    warm_start(made, encoder, config.num_exits)
-    made.set_feature_stats(encoder.feature_mean, encoder.feature_std)
-    return made.state_dict()
+    return in_shape_of(config, encoder).state_dict()
 
 
 def average(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> Model:
@@ -96,7 +94,7 @@ def average(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = 
     last = sources[-1]
     states: list[Mapping[str, Tensor]] = []
     for path, source in zip(paths, sources, strict=True):
-        state = in_shape_of(last.config, source)
+        state = weights_for(last.config, source)
         if state is None:
             raise CheckpointError(f"{path} has another shape than {paths[-1]}: average stages of one training only")
         if source.tokenizer.proto != last.tokenizer.proto:

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from asr_exit.checkpoint import load, save_model
-from asr_exit.encoder import Encoder
-from asr_exit.warm_start import warm_start
+from asr_exit.warm_start import in_shape_of
 from recipes.librispeech import average, bundle
 from tests.conftest import random_model
 
@@ -66,9 +65,7 @@ def test_equal_models_give_the_model_itself(tmp_path: Path) -> None:
 def test_a_linear_head_is_averaged_with_a_hidden_layer_that_began_as_it(tmp_path: Path) -> None:
     before = random_model(d_model=32, num_heads=2)
     config = replace(before.config, head_hidden=(64, *[0] * (before.config.num_exits - 1)))
-    after = Encoder(config)
-    warm_start(after, before.encoder, config.num_exits)
-    after.set_feature_stats(before.encoder.feature_mean, before.encoder.feature_std)
+    after = in_shape_of(config, before.encoder)
     save_model(tmp_path / "before", before.config, before.encoder.state_dict(), before.tokenizer)
     save_model(tmp_path / "after", config, after.state_dict(), before.tokenizer)
     sources = [str(tmp_path / name) for name in ("before", "after")]
