@@ -207,6 +207,19 @@ def retold() -> TrainConfig:
     )
 
 
+def evened() -> TrainConfig:
+    """More of `retold` with `--start-from MODEL`: exits 2 and 6 weigh more; a rate that falls almost from the start."""
+    return dataclasses.replace(
+        retold(),
+        name="evened",
+        minutes=36.0,
+        seed=9,
+        stages=(Stage(1.0, 6, 130.0, 17.0, True, 1.0e-3),),
+        decay_from=0.1,
+        exit_weights=(6.0, 1.0, 2.0, 1.0, 1.2, 2.0),
+    )
+
+
 def clean100() -> TrainConfig:
     """train-clean-100: 3,000 h of audio seen, about 7 hours on two cores (projected)."""
     return TrainConfig(
@@ -246,6 +259,7 @@ CONFIGS: Mapping[str, Callable[[], TrainConfig]] = {
         longer,
         revived,
         retold,
+        evened,
         clean100,
         full960,
     )

@@ -5,6 +5,8 @@
 and with a process per core (faster where cores are shared with others):
 
     torchrun --nproc-per-node 2 -m recipes.librispeech.train --threads 1 --data DATA --out RUN --config local
+
+`--dedicated 2` trains what a joint model's first exit is measured against: 2 layers, no other exit counts.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from asr_exit.parallel import Group
 from asr_exit.schedule import TrainConfig
 from asr_exit.train import Trainer
 from recipes.librispeech.configs import CONFIGS
+from recipes.librispeech.variants import last_exit_only
 
 
 def provenance(config: TrainConfig, arguments: Sequence[str], threads: int, processes: int) -> dict[str, Any]:
@@ -77,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     length.add_argument("--hours", type=float, help="length of the run in hours of audio seen")
     parser.add_argument("--accumulate", type=int, help="batches per update and process")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--dedicated", type=int, metavar="LAYERS", help="only the first LAYERS; only their exit counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--start-from", type=Path, help="model file whose first segments the run starts from")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's state.pt")
@@ -91,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = dataclasses.replace(config, seed=options.seed)
     group = Group.from_environment()
     try:
+        if options.dedicated is not None:
+            config = last_exit_only(config, options.dedicated)
         made = provenance(config, given, options.threads, group.size)
         before = options.out / "provenance.json"
         earlier = json.loads(before.read_text()) if options.resume and before.is_file() else {}

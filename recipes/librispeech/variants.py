@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from asr_exit.augment import AugmentConfig
+from asr_exit.errors import ConfigError
 from asr_exit.schedule import Stage, TrainConfig
 from recipes.librispeech.configs import diphones, local, longer
 
@@ -169,13 +170,19 @@ def going_on(hours: float, layers: int = 12, head_hidden: Sequence[int] = ()) ->
         "with CR-CTC": _set(consistency_weight=0.2)(everything),  # the masks are those of METHODS already
         **{f"with {name}": config for name, config in fill.items()},
         "plain": nothing,
-        **{f"dedicated {n} layers": _last_exit_only(everything, n) for n in sorted({2, layers // 2, layers})},
+        **{f"dedicated {n} layers": last_exit_only(everything, n) for n in sorted({2, layers // 2, layers})},
     }
     return {name: dataclasses.replace(config, name=name) for name, config in rows.items()}
 
 
-def _last_exit_only(config: TrainConfig, layers: int) -> TrainConfig:
-    """`config` for the first `layers` layers; the exits before their last one feed deeper layers and learn nothing."""
+def last_exit_only(config: TrainConfig, layers: int) -> TrainConfig:
+    """`config` for the first `layers` layers; the exits before their last one feed deeper layers and learn nothing.
+
+    Raises:
+        ConfigError: `layers` is no depth at which the model of `config` has an exit.
+    """
+    if layers not in config.model.exit_layers:
+        raise ConfigError(f"a dedicated model ends after one of the layers {config.model.exit_layers}, not {layers}")
     model = config.model.with_layers(layers)
     weights = (*(1e-6,) * (model.num_exits - 1), 1.0)
     stages = tuple(dataclasses.replace(stage, segments=model.num_exits) for stage in config.stages)

@@ -59,6 +59,17 @@ def test_idle_units_are_renewed_if_the_configuration_says_so(data: Path, model_f
     assert all((value == 0).all() for value in outputs)
 
 
+def test_a_dedicated_model_starts_from_a_joint_one(data: Path, model_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.main([*arguments(data, run, 0.02), "--start-from", str(model_file), "--dedicated", "2"])
+    config = json.loads((run / "config.json").read_text())
+    assert (config["model"]["num_layers"], config["exit_weights"]) == (2, [1.0])
+    assert first_exit_errors(run) < 0.5
+    with pytest.raises(SystemExit, match=r"layers \(2, 4\), not 3"):
+        train.main([*arguments(data, tmp_path / "none", 0.02), "--dedicated", "3"])
+    assert not (tmp_path / "none").exists()
+
+
 def test_another_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
     config, other = tiny().model, Tokenizer.train(["something else entirely", "other words give other pieces"], 40)
     save_model(tmp_path / "other.safetensors", config, Encoder(config).state_dict(), other)
