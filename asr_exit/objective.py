@@ -39,7 +39,8 @@ def draw(config: TrainConfig, stage: Stage, update: int) -> Draw:
     chunk = _weighted(config.chunk_weights, rng)
     segments = stage.segments
     if rng.random() < config.shallow_probability:
-        segments = int(rng.integers(1, max(2, segments)))
+        least = 1 + config.frozen_segments
+        segments = int(rng.integers(least, max(least + 1, segments)))
     mixed = segments == config.model.num_exits and chunk > 0
     mixed = mixed and rng.random() < config.random_depth_probability
     seed = int(rng.integers(2**40))
@@ -80,6 +81,8 @@ def objective(
         chunks = math.ceil(frames / draw.chunk_frames)
         generator = torch.Generator().manual_seed(draw.seed + rank)
         depth = random_depth(len(features), chunks, draw.segments, generator).to(device)
+        if config.frozen_segments:
+            depth[0, 0] = draw.segments  # something there is that learns
     if draw.segments < config.model.num_exits or depth is not None:
         gates = None
     if draw.segments < config.phone_segment or depth is not None:
@@ -102,6 +105,7 @@ def objective(
         return loss, loss.detach()[None]
     losses = exit_losses(output.logits, output.lengths, targets, target_lengths)
     weights = losses.new_tensor((config.exit_weights or (1.0,) * len(losses))[: len(losses)])
+    weights[: config.frozen_segments] = 0.0
     weights = weights / weights.sum()
     total = (weights * losses).sum()
     if config.consistency_weight and batch.views == 2:

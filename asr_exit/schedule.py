@@ -63,6 +63,7 @@ class TrainConfig:
     gate_price: float = 0.05  # of full-depth compute in that loss, in nats per target token
     phone_weight: float = 0.0  # above 0 phones are told apart, too, with this weight of their CTC loss: `phones`
     phone_segment: int = 2  # after how many segments that is done
+    frozen_segments: int = 0  # of the first ones, with subsampling and exits: they stay as they are, deeper ones learn
     renew_below: float = 0.0  # in a model to start from: feed-forward units that idle begin anew (`renew_idle`)
     accumulate: int = 1  # batches per update and process
     shallow_probability: float = 0.0  # of batches that run only a random number of the first segments (Sorted LLaMA)
@@ -114,6 +115,10 @@ class TrainConfig:
             self.phone_weight == 0 or 1 <= self.phone_segment <= self.model.num_exits,
             f"phone_segment must be 1 to {self.model.num_exits}, the model's segments",
         )
+        require(
+            0 <= self.frozen_segments < min(stage.segments for stage in stages),
+            "frozen_segments must leave a segment to train in every stage",
+        )
         require(self.renew_below >= 0, "renew_below must not be negative")
         require(self.accumulate >= 1, "accumulate must be at least 1")
 
@@ -129,6 +134,16 @@ class TrainConfig:
     def stage_index(self, progress: float) -> int:
         """Stage at `progress` in 0..1."""
         return next((i for i, stage in enumerate(self.stages) if progress < stage.until), len(self.stages) - 1)
+
+    def learns(self, stage: Stage, parameter: str) -> bool:
+        """Whether that stage trains the encoder's parameter of this name."""
+        if stage.heads_only and ".head." not in parameter:
+            return False
+        last = self.frozen_segments - 1
+        if parameter.startswith((f"segments.{last}.feedback.", f"segments.{last}.gain")):
+            return True  # only deeper segments hear of it
+        frozen = [f"segments.{index}." for index in range(self.frozen_segments)]
+        return not parameter.startswith(("subsampling.", *frozen) if frozen else ())
 
     def plan(self, stage: Stage) -> BatchPlan:
         """How that stage's batches are cut."""

@@ -157,12 +157,17 @@ class Trainer:
         self._write_provenance()
         self.folder.export(self._averaged())
 
-    def start_from(self, source: Encoder) -> None:
+    def start_from(self, source: Encoder, front: Encoder | None = None) -> None:
         """Take the weights of the segments that the first stage runs from another model (`warm_start`), renewed.
+
+        `front`: a shallower model whose subsampling and segments replace the first ones of `source`.
 
         Raises ConfigError where the architectures differ.
         """
-        warm_start(self.model, source, self.config.stages[0].segments)
+        segments = self.config.stages[0].segments
+        warm_start(self.model, source, segments)
+        if front is not None:
+            warm_start(self.model, front, min(segments, front.config.num_exits))
         if renewed := renew_idle(self.model, self.config.renew_below):
             self.report.line(event="renewed", feed_forward_units=renewed)
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -292,7 +297,7 @@ class Trainer:
 
     def _freeze(self, stage: Stage) -> None:
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not stage.heads_only or ".head." in name)
+            parameter.requires_grad_(self.config.learns(stage, name))
 
     def _run_stage(self, stage: Stage) -> dict[str, Any]:
         progress, config = self.progress, self.config

@@ -6,7 +6,8 @@ and with a process per core (faster where cores are shared with others):
 
     torchrun --nproc-per-node 2 -m recipes.librispeech.train --threads 1 --data DATA --out RUN --config local
 
-`--dedicated 2` trains what a joint model's first exit is measured against: 2 layers, no other exit counts.
+`--dedicated 2` trains what a joint model's first exit is measured against: 2 layers, no other exit counts. Such a model
+can become the front of a deeper one: `--start-from MODEL --front-from DEDICATED` and a config with `frozen_segments=1`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +30,9 @@ from asr_exit.schedule import TrainConfig
 from asr_exit.train import Trainer
 from recipes.librispeech.configs import CONFIGS
 from recipes.librispeech.variants import last_exit_only
+
+if TYPE_CHECKING:
+    from asr_exit.checkpoint import Model
 
 
 def provenance(config: TrainConfig, arguments: Sequence[str], threads: int, processes: int) -> dict[str, Any]:
@@ -66,6 +70,18 @@ def _read(path: Path) -> TrainConfig:
         sys.exit(f"train: {path} holds no training configuration: {error}")
 
 
+def _source(path: Path | None, data: Path, option: str) -> Model | None:
+    """The model file to start from."""
+    if path is None:
+        return None
+    from asr_exit.checkpoint import load  # needs safetensors, which training alone does not
+
+    model = load(path)
+    if model.tokenizer.proto != (data / "tokenizer.model").read_bytes():
+        sys.exit(f"train: --{option}: the model's tokenizer is not the data's; prepare with --tokenizer-of MODEL")
+    return model
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -83,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dedicated", type=int, metavar="LAYERS", help="only the first LAYERS; only their exit counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--start-from", type=Path, help="model file whose first segments the run starts from")
+    parser.add_argument("--front-from", type=Path, help="model file whose segments replace the first of --start-from")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's state.pt")
     options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
@@ -101,25 +118,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         before = options.out / "provenance.json"
         earlier = json.loads(before.read_text()) if options.resume and before.is_file() else {}
         made = {"config": config.name, "seed": config.seed, "sittings": [*earlier.get("sittings", []), made]}
-        if "started_from" in earlier:
-            made["started_from"] = earlier["started_from"]
-        source = None
-        if options.start_from is not None:
-            from asr_exit.checkpoint import load  # needs safetensors, which training alone does not
-
-            source = load(options.start_from)
-            made["started_from"] = source.provenance
-            if source.tokenizer.proto != (options.data / "tokenizer.model").read_bytes():
-                sys.exit(
-                    "train: --start-from: the model's tokenizer is not the data's; prepare with --tokenizer-of MODEL"
-                )
+        made |= {key: earlier[key] for key in ("started_from", "front_from") if key in earlier}
+        source = _source(options.start_from, options.data, "start-from")
+        front = _source(options.front_from, options.data, "front-from")
+        if front is not None and source is None and not options.resume:
+            sys.exit("train: --front-from needs --start-from, which has the deeper segments")
+        for key, model in (("started_from", source), ("front_from", front)):
+            if model is not None:
+                made[key] = model.provenance
         trainer = Trainer(config, options.data, options.out, provenance=made, group=group)
         if options.resume:
             trainer.resume()
         elif (options.out / "state.pt").exists():
             sys.exit(f"train: {options.out} holds a run already; add --resume or choose another --out")
         elif source is not None:
-            trainer.start_from(source.encoder)
+            trainer.start_from(source.encoder, None if front is None else front.encoder)
         trainer.run()
     except AsrExitError as error:
         sys.exit(f"train: {error}")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from asr_exit.checkpoint import load, save_model
 from asr_exit.encoder import Encoder
@@ -68,6 +69,33 @@ def test_a_dedicated_model_starts_from_a_joint_one(data: Path, model_file: Path,
     with pytest.raises(SystemExit, match=r"layers \(2, 4\), not 3"):
         train.main([*arguments(data, tmp_path / "none", 0.02), "--dedicated", "3"])
     assert not (tmp_path / "none").exists()
+
+
+def test_deeper_segments_learn_on_a_front_that_stays_as_it_is(data: Path, model_file: Path, tmp_path: Path) -> None:
+    front = tmp_path / "front.safetensors"
+    train.main([*arguments(data, tmp_path / "two", 0.01), "--dedicated", "2"])
+    bundle.main(["--run", str(tmp_path / "two"), "--out", str(front)])
+    config = {**tiny().to_dict(), "frozen_segments": 1, "minutes": None, "hours": 0.02}
+    config["stages"] = [{**config["stages"][-1], "segments": 2, "until": 1.0}]
+    config.update(random_depth_probability=0.5, shallow_probability=0.5)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = ["--data", str(data), "--config-file", str(tmp_path / "config.json"), "--threads", "1"]
+    run = tmp_path / "run"
+    train.main([*given, "--out", str(run), "--start-from", str(model_file), "--front-from", str(front)])
+    bundle.main(["--run", str(run), "--out", str(tmp_path / "model.safetensors")])
+    made, below, above = (load(path) for path in (tmp_path / "model.safetensors", front, model_file))
+    assert json.loads((run / "provenance.json").read_text())["front_from"]["config"] == "tiny"
+    features, lengths = torch.randn(2, 160, 80), torch.tensor([160, 120])
+    with torch.inference_mode():
+        ours, first, before = (m.encoder(features, lengths, chunk_frames=8).logits for m in (made, below, above))
+    assert torch.equal(ours[0], first[0])
+    assert not torch.allclose(ours[0], before[0], atol=0.1)
+    source = above.encoder.state_dict()
+    learnt = {name for name, value in made.encoder.state_dict().items() if not torch.equal(value, source[name])}
+    assert any(name.startswith("segments.1.layers") for name in learnt)
+    assert "segments.0.feedback.weight" in learnt
+    with pytest.raises(SystemExit, match="--front-from needs --start-from"):
+        train.main([*given, "--out", str(tmp_path / "none"), "--front-from", str(front)])
 
 
 def test_another_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:

@@ -186,3 +186,28 @@ def test_causal_convolution_sees_no_later_frame() -> None:
         before, after = conv(x, None, 8), conv(changed, None, 8)
     torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=0)
     assert (before[:, 5:] - after[:, 5:]).abs().max() > 1e-3
+
+
+def test_frozen_segments_stay_and_every_batch_has_something_to_learn() -> None:
+    config = dataclasses.replace(
+        CONFIG, frozen_segments=2, shallow_probability=0.9, random_depth_probability=0.9, exit_weights=(5.0, 5.0, 1.0)
+    )
+    assert {draw(config, STAGE, update).segments for update in range(100)} == {3}
+    encoder = Encoder(MODEL)
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(config.learns(STAGE, name))
+    trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"segments"}
+    assert {name for name in trained if name.startswith(("segments.0.", "segments.1."))} == {
+        "segments.1.feedback.weight",
+        "segments.1.feedback.bias",
+    }
+    features = torch.randn(1, 64, 80)
+    short = Batch(features, torch.tensor([64]), torch.tensor([1, 2]), torch.tensor([2]), 0.64, ("a",), ("u",), 1)
+    for seed in range(12):  # one chunk, which mixed depth would let leave at a frozen exit two times of three
+        loss, _ = objective(encoder, short, config, Draw(8, None, 3, True, seed), torch.device("cpu"))
+        assert loss.requires_grad
+    loss, losses = objective(encoder, a_batch(), config, PLAIN, torch.device("cpu"))
+    assert loss.item() == pytest.approx(losses[-1].item())
+    with pytest.raises(ConfigError, match="frozen_segments must leave a segment"):
+        dataclasses.replace(CONFIG, frozen_segments=3)
