@@ -121,8 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         made |= {key: earlier[key] for key in ("started_from", "front_from") if key in earlier}
         source = _source(options.start_from, options.data, "start-from")
         front = _source(options.front_from, options.data, "front-from")
-        if front is not None and source is None and not options.resume:
-            sys.exit("train: --front-from needs --start-from, which has the deeper segments")
+        if source is None and not options.resume:
+            if front is not None:
+                sys.exit("train: --front-from needs --start-from, which has the deeper segments")
+            if config.frozen_segments:
+                sys.exit("train: frozen_segments would hold random weights fixed; give a model with --start-from")
         for key, model in (("started_from", source), ("front_from", front)):
             if model is not None:
                 made[key] = model.provenance

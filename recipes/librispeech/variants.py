@@ -187,7 +187,13 @@ def last_exit_only(config: TrainConfig, layers: int) -> TrainConfig:
     weights = (*(1e-6,) * (model.num_exits - 1), 1.0)
     stages = tuple(dataclasses.replace(stage, segments=model.num_exits) for stage in config.stages)
     return dataclasses.replace(
-        config, model=model, stages=stages, exit_weights=weights, shallow_probability=0.0, random_depth_probability=0.0
+        config,
+        model=model,
+        stages=stages,
+        exit_weights=weights,
+        shallow_probability=0.0,
+        random_depth_probability=0.0,
+        frozen_segments=0,
     )
 
 

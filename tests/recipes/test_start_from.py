@@ -96,6 +96,10 @@ def test_deeper_segments_learn_on_a_front_that_stays_as_it_is(data: Path, model_
     assert "segments.0.feedback.weight" in learnt
     with pytest.raises(SystemExit, match="--front-from needs --start-from"):
         train.main([*given, "--out", str(tmp_path / "none"), "--front-from", str(front)])
+    with pytest.raises(SystemExit, match="random weights fixed"):
+        train.main([*given, "--out", str(tmp_path / "none")])
+    train.main([*given, "--out", str(tmp_path / "alone"), "--dedicated", "2", "--hours", "0.001"])
+    assert json.loads((tmp_path / "alone" / "config.json").read_text())["frozen_segments"] == 0
 
 
 def test_another_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
