@@ -62,12 +62,13 @@ class EngineThread:
         self._prepare, self._tidy = prepare, tidy
         self._tidy_at: float | None = None  # when to tidy if no stream comes
         self.clock = clock
-        self._wake = threading.Condition()
-        self._waiting: list[Feed] = []  # feeds with commands to carry out, in order of arrival; guarded by _wake
-        self._put_by: deque[tuple[float, Feed]] = deque()  # feeds whose commands may wait until then; guarded by _wake
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._waiting: list[Feed] = []  # feeds with commands to carry out, in order of arrival; guarded by _lock
+        self._put_by: deque[tuple[float, Feed]] = deque()  # feeds whose commands may wait until then; guarded by _lock
         self._prepared = threading.Event()
         self._failure: Exception | None = None  # of preparing
-        self._stopping = False  # guarded by _wake
+        self._stopping = False  # guarded by _lock
         self._feeds: dict[Stream, Feed] = {}
         self._events: list[Event] = []
         self._ceiling: int | None = None  # that load set last
@@ -94,7 +95,7 @@ class EngineThread:
         Without `wake` it may wait for a second, until there is more to do: for audio that completes no chunk. A chunk
         that comes in several messages is so decoded in one go.
         """
-        with self._wake:
+        with self._lock:
             if self._stopping:
                 return
             feed.commands.append(command)

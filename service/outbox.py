@@ -56,6 +56,7 @@ class Outbox:
         self._interim_results = interim_results
         self._unread_chunks = unread_chunks
         self._updates: deque[Update] = deque()
+        self._unread = 0  # chunks in them
         self._unreported: tuple[ChunkRecord, ...] = ()
         self._closed = False
         self._error: BaseException | None = None
@@ -64,7 +65,7 @@ class Outbox:
     @property
     def crowded(self) -> bool:
         """True when the client left so much unread that its audio should not be read on."""
-        return sum(len(update.chunks) for update in self._updates) >= self._unread_chunks
+        return self._unread >= self._unread_chunks
 
     def put(self, result: ChunkResult, latency_ms: float) -> None:
         """Adds a result. Never blocks, never drops a final result or a chunk's record."""
@@ -81,8 +82,11 @@ class Outbox:
         if not (self._interim_results or result.is_final or result.end_of_stream):
             return
         if self._updates and not self._updates[-1].lasting:
-            self._unreported = self._updates.pop().chunks + self._unreported
+            replaced = self._updates.pop().chunks
+            self._unread -= len(replaced)
+            self._unreported = replaced + self._unreported
         self._updates.append(Update(result, self._unreported))
+        self._unread += len(self._unreported)
         self._unreported = ()
         self._changed.set()
 
@@ -101,4 +105,6 @@ class Outbox:
                 return None
             self._changed.clear()
             await self._changed.wait()
-        return self._updates.popleft()
+        update = self._updates.popleft()
+        self._unread -= len(update.chunks)
+        return update

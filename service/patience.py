@@ -14,15 +14,15 @@ class Patience:
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._loop = seconds, asyncio.get_running_loop()
+        self._now = self._loop.time
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[object] | None = None  # that waits now
         self._deadline, self._cancelling, self._expired = 0.0, 0, False
 
     def __enter__(self) -> None:
-        self._task, self._expired = asyncio.current_task(), False
+        self._task = asyncio.current_task(self._loop)
         assert self._task is not None, "only a task can be ended"
-        self._cancelling = self._task.cancelling()
-        self._deadline = self._loop.time() + self._seconds
+        self._deadline = self._now() + self._seconds
         if self._timer is None:
             self._timer = self._loop.call_at(self._deadline, self._ring)
 
@@ -32,6 +32,7 @@ class Patience:
         """Raises TimeoutError when it took too long."""
         task, self._task = self._task, None
         if self._expired and task is not None:
+            self._expired = False
             only_we_cancelled = task.uncancel() <= self._cancelling
             if only_we_cancelled and kind is not None and issubclass(kind, asyncio.CancelledError):
                 raise TimeoutError from error
@@ -46,8 +47,8 @@ class Patience:
         self._timer = None
         if self._task is None:
             return
-        if self._loop.time() < self._deadline:
+        if self._now() < self._deadline:
             self._timer = self._loop.call_at(self._deadline, self._ring)
         else:
-            self._expired = True
+            self._expired, self._cancelling = True, self._task.cancelling()
             self._task.cancel()

@@ -69,6 +69,9 @@ class Session:
         self._room = asyncio.Event()
         self._queued_commands = 0
         self._received_bytes = 0  # of samples, on their way to the engine
+        self._bytes_per_second = self._feed.input.bytes_per_second
+        self._slice_bytes = int(_SLICE_S * self._bytes_per_second)
+        self._chunk_s = request.options.chunk_ms / 1000
         self._heard_nothing = True
         self._processed_s = 0.0
         self._ended = False
@@ -120,18 +123,19 @@ class Session:
             samples = await asyncio.to_thread(step, None)
 
     async def _send_samples(self, data: bytes, arrived_at: float) -> None:
-        per_second = self._feed.input.bytes_per_second
-        slice_bytes = int(_SLICE_S * per_second)
-        for start in range(0, len(data), slice_bytes):
-            await self._wait_for_room()
-            part = data[start : start + slice_bytes]
+        for start in range(0, len(data), self._slice_bytes):
+            if self._ended or self._full:
+                await self._wait_for_room()
+            part = data[start : start + self._slice_bytes]
             self._received_bytes += len(part)
-            if 0 < self._limits.stream_s < self._received_bytes / per_second:
+            if 0 < self._limits.stream_s < self._received_bytes / self._bytes_per_second:
                 raise StreamError(
                     grpc.StatusCode.OUT_OF_RANGE,
                     f"more than {self._limits.stream_s:g} s of audio: open a new stream for the rest",
                 )
-            self._submit(Audio(part, arrived_at), wake=self._is_worth_waking)
+            # whether the engine thread could do more with what has arrived than put it by
+            wake = self._unprocessed_s >= self._chunk_s or self._queued_commands >= _WAKE_COMMANDS
+            self._submit(Audio(part, arrived_at), wake=wake)
 
     async def flush(self) -> None:
         """Ends the utterance with what has arrived; a final result follows, even without words."""
@@ -206,12 +210,6 @@ class Session:
         self._queued_commands += 1
         self._engine.submit(self._feed, command, wake=wake)
 
-    @property
-    def _is_worth_waking(self) -> bool:
-        """Whether the engine thread could do more with what has arrived than put it by."""
-        chunk_s = self.request.options.chunk_ms / 1000
-        return self._unprocessed_s >= chunk_s or self._queued_commands >= _WAKE_COMMANDS
-
     def _look_again(self) -> None:
         self._room.set()
 
@@ -224,7 +222,7 @@ class Session:
 
     @property
     def _unprocessed_s(self) -> float:
-        return self._received_bytes / self._feed.input.bytes_per_second - self._processed_s
+        return self._received_bytes / self._bytes_per_second - self._processed_s
 
     @property
     def _full(self) -> bool:

@@ -61,13 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
     # oneDNN keeps 1024 kernels: at early exits a server meets more sizes of batch than that, and would make them anew
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
 
-    import asyncio
-
     from asr_exit.checkpoint import load
     from asr_exit.processor import computes_in_bf16
     from service import logs
     from service.allocator import keep_freed_memory
     from service.device import pick_device, pick_precision
+    from service.event_loop import run as run_loop
     from service.server import run as serve
 
     logs.set_up(config.log)
@@ -83,6 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"model {model.name} on {device} in {precision}{advice}, exits after layers {layers}", flush=True)
         print(f"listening on {config.listen.host}:{port}", flush=True)
 
-    asyncio.run(serve(model, config, announce))
+    run_loop(serve(model, config, announce))
     print("stopped", flush=True)
     return 0
