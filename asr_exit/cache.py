@@ -13,6 +13,7 @@ D = H * E, h halo.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,9 +30,14 @@ _TABLE_FRAMES = 16_384  # rotary angles of so many frames are kept, 22 minutes; 
 class LayerCache:
     """One layer's state for every slot."""
 
-    keys: Tensor  # (S, W, H, E), stored after rotary embedding
+    keys: Tensor  # (S, W, H, E), stored after rotary embedding; (S, H, E, W) where `asr_exit.fused` reads them
     values: Tensor  # (S, W, H, E)
     conv: Tensor  # (S, h, D) gated convolution inputs
+
+    @cached_property
+    def bits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same memory for kernels: see `as_bits`."""
+        return as_bits(self.keys), as_bits(self.values), as_bits(self.conv)
 
 
 @dataclass
@@ -64,6 +70,17 @@ class BatchIndex:
     slots: Tensor  # (B,)
     cells: Tensor  # (N,) ring cells of the frames, stream after stream; those of padding are all the same spare one
     kept: Tensor | None = None  # (B * h,) places of what `set_conv` keeps among B * (h + T); None: the last of each row
+    frames: np.ndarray | None = None  # (B,) real frames of each row; None: there is no padding
+
+    def on_host(self, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For kernels on a CPU: slots (B,), cells (N,) and real frames (B,) of rows of `longest` frames."""
+        frames = np.full(len(self.slots), longest) if self.frames is None else self.frames
+        return self.slots.numpy(), self.cells.numpy(), frames
+
+
+def as_bits(values: Tensor) -> np.ndarray:
+    """bf16 values on a CPU as an array of the same shape, uint16, that shares their memory."""
+    return values.view(torch.int16).numpy().view(np.uint16)
 
 
 def real_frames(frames: np.ndarray, longest: int) -> np.ndarray:
@@ -93,31 +110,31 @@ class LayerView:
     """One layer's cache as the streams of one batch see it (an `asr_exit.conformer.LayerState`)."""
 
     def __init__(self, cache: LayerCache, index: BatchIndex) -> None:
-        self._cache, self._index = cache, index
+        self.cache, self.index = cache, index
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Write (B, T, H, E) keys and values in place."""
-        self._cache.keys.flatten(0, 1).index_copy_(0, self._index.cells, keys.flatten(0, 1))
-        self._cache.values.flatten(0, 1).index_copy_(0, self._index.cells, values.flatten(0, 1))
+        self.cache.keys.flatten(0, 1).index_copy_(0, self.index.cells, keys.flatten(0, 1))
+        self.cache.values.flatten(0, 1).index_copy_(0, self.index.cells, values.flatten(0, 1))
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """`write`, and return (B, W, H, E) of everything held."""
         self.write(keys, values)
-        slots = self._index.slots
-        return self._cache.keys.index_select(0, slots), self._cache.values.index_select(0, slots)
+        slots = self.index.slots
+        return self.cache.keys.index_select(0, slots), self.cache.values.index_select(0, slots)
 
     def conv_left(self) -> Tensor:
         """(B, h, D)."""
-        return self._cache.conv.index_select(0, self._index.slots)
+        return self.cache.conv.index_select(0, self.index.slots)
 
     def set_conv(self, gated: Tensor) -> None:
         """Keep the last h frames of (B, T, D), padding aside, after those held before where a row has fewer."""
-        halo, kept = self._cache.conv.shape[1], self._index.kept
+        halo, kept = self.cache.conv.shape[1], self.index.kept
         if gated.shape[1] < halo or kept is not None:
             gated = torch.cat((self.conv_left(), gated), dim=1)
         if kept is not None:
             gated = gated.flatten(0, 1).index_select(0, kept).unflatten(0, (len(gated), halo))
-        self._cache.conv.index_copy_(0, self._index.slots, gated[:, gated.shape[1] - halo :])
+        self.cache.conv.index_copy_(0, self.index.slots, gated[:, gated.shape[1] - halo :])
 
 
 class CachePool:
@@ -130,8 +147,13 @@ class CachePool:
         tail_shapes: list[tuple[int, int]],
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        *,
+        keys_by_lane: bool = False,
     ) -> None:
-        """`tail_shapes`: per subsampling stage (channels, bands), from `ConvSubsampling.tail_shapes`."""
+        """`tail_shapes`: per subsampling stage (channels, bands), from `ConvSubsampling.tail_shapes`.
+
+        `keys_by_lane`: keys lie as `asr_exit.fused` reads them, and only it may run on this pool.
+        """
         self.config, self.device, self.dtype = config, device, dtype
         window = config.left_context_frames + config.max_chunk_frames
         heads, halo = config.num_heads, (config.conv_kernel - 1) // 2
@@ -141,7 +163,8 @@ class CachePool:
 
         layers, head_dim = config.num_layers, config.d_model // heads
         self.spare_slot, self.spare_cell = slots, slots * window
-        keys = poisoned(layers, slots + 1, window, heads, head_dim)
+        by_position, by_lane = (window, heads, head_dim), (heads, head_dim, window)
+        keys = poisoned(layers, slots + 1, *(by_lane if keys_by_lane else by_position))
         values = poisoned(layers, slots + 1, window, heads, head_dim)
         conv = poisoned(layers, slots + 1, halo, config.d_model)
         self._by_layer = [keys, values, conv]
@@ -222,7 +245,7 @@ class CachePool:
         places = real_frames(frames, longest)
         spread = np.full(len(frames) * longest, self.spare_cell)
         spread[places] = cells
-        index = BatchIndex(self.tensor(slots), self.tensor(spread), self._kept(frames, longest))
+        index = BatchIndex(self.tensor(slots), self.tensor(spread), self._kept(frames, longest), frames)
         return context, index, self.tensor(places)
 
     def views(self, segment: int, index: BatchIndex) -> list[LayerView]:

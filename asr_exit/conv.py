@@ -145,8 +145,8 @@ class ChunkConv(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         self.out = nn.Linear(d_model, d_model)
 
-    def _kernel(self) -> Tensor:
-        """(D, 1, K)."""
+    def taps(self) -> Tensor:
+        """The kernel, (D, 1, K)."""
         weight = self.depthwise.weight
         return weight if self.lookahead else F.pad(weight[..., : self.halo + 1], (0, self.halo))
 
@@ -173,19 +173,19 @@ class ChunkConv(nn.Module):
         x = torch.cat((left.to(gated.dtype), gated), dim=1)
         x = F.pad(x, (0, 0, 0, chunks * chunk - frames))
         if torch.is_grad_enabled():
-            taps = self._kernel()[:, 0].t().to(x.dtype).contiguous()  # strided taps cost five times as much
+            taps = self.taps()[:, 0].t().to(x.dtype).contiguous()  # strided taps cost five times as much
             bias = cast(Tensor, self.depthwise.bias).to(x.dtype)
             y = _ShiftedDepthwise.apply(x, taps, bias, chunk)[:, :frames]
             return self.out(F.silu(self.norm(y)))
         if chunks == 1 and x.is_cpu and not torch.compiler.is_exporting():
             # (B, D, 1, h + C + h) as it lies in memory: oneDNN takes that twice as fast as the rows of `conv1d`
             x = F.pad(x, (0, 0, 0, halo)).unsqueeze(1).permute(0, 3, 1, 2)
-            y = F.conv2d(x, self._kernel().unsqueeze(2), self.depthwise.bias, groups=d_model)
+            y = F.conv2d(x, self.taps().unsqueeze(2), self.depthwise.bias, groups=d_model)
             return self.out(F.silu(self.norm(y.permute(0, 2, 3, 1).squeeze(1)[:, :frames])))
         if chunks > 1:  # (B, n, D, h + C): every chunk with the frames before it, and nothing after it
             x = x.unfold(1, halo + chunk, chunk).reshape(batch * chunks, d_model, halo + chunk)
         else:
             x = x.transpose(1, 2)
-        y = F.conv1d(F.pad(x, (0, halo)), self._kernel(), self.depthwise.bias, groups=d_model)
+        y = F.conv1d(F.pad(x, (0, halo)), self.taps(), self.depthwise.bias, groups=d_model)
         y = y.transpose(1, 2).reshape(batch, chunks * chunk, d_model)[:, :frames]
         return self.out(F.silu(self.norm(y)))

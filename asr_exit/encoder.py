@@ -45,7 +45,10 @@ class ExitHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, L, V) logits."""
-        x = self.norm(x)
+        return self.logits(self.norm(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The same of a state that has been normalised."""
         x = self.out(x if self.hidden is None else nn.functional.silu(self.hidden(x)))
         return x if x.shape[-1] == self.vocab_size else x.reshape(x.shape[0], -1, self.vocab_size)
 

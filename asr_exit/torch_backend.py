@@ -19,6 +19,7 @@ from asr_exit.encoder import Encoder
 from asr_exit.evidence import ExitScores, score
 from asr_exit.features import log_mels, windows_to_log_mel
 from asr_exit.front_end import Float32LogMel
+from asr_exit.fused import can_fuse, fuse
 from asr_exit.packing import pack_linears
 
 _ROWS_AT_ONCE = 8  # frames of skipped chunks are padded to multiples of this many
@@ -54,7 +55,11 @@ class TorchBackend:
         if self.dtype != torch.float32 and self.device.type == "cpu":
             pack_linears(self.encoder)
             usual = CPU_BUCKETS
-        self.pool = CachePool(self.config, slots, encoder.subsampling.tail_shapes(), self.device, self.dtype)
+        fused = can_fuse(self.config, self.dtype, self.device)
+        if fused:
+            fuse(self.encoder)
+        tails = encoder.subsampling.tail_shapes()
+        self.pool = CachePool(self.config, slots, tails, self.device, self.dtype, keys_by_lane=fused)
         self.buckets = usual if buckets is None else buckets
         self._graphs: SegmentGraphs | None = None
         if cuda_graphs:

@@ -1,0 +1,398 @@
+"""What lies between the matrix products of a Conformer block, compiled for the CPU at hand (numba), for bf16 weights.
+
+There every product takes less time than what torch runs around it, an operation at a time. A kernel here does all that
+one product's output needs before the next product: it reads bf16, computes in fp32, writes bf16, and reads and writes
+streaming state where it lies. A stream's answer does not depend on its neighbours in the batch.
+
+bf16 numbers are uint16 arrays here. Shapes: N = B * T frames, B streams, T frames of a chunk, D model dimension, H
+heads, E head dimension, S slots, W ring cells, h halo.
+
+All in one file: a kernel kept on disk is made anew when its own file changes, and only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+_FAST = {"reassoc", "contract", "nsz", "arcp"}  # and NaN stays NaN
+_EPS = np.float32(1e-5)  # of torch's LayerNorm
+_RMS_EPS = np.float32(1e-6)
+_ROWS = 4  # queries at a time
+_LANES = 16
+_GROUP = 8  # frames whose keys are written together
+_INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_FLOATS, _INTS, _SHORTS = (ir.VectorType(kind, 16) for kind in (_FLOAT, _INT, ir.IntType(16)))
+_LOG2_E = np.float32(1.4426950408889634)
+_LOW, _HIGH = np.float32(-100.0), np.float32(126.0)
+_ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
+_C1, _C2, _C3, _C4 = (np.float32(c) for c in (0.6931472, 0.2402265, 0.05550411, 0.009618129))
+
+
+@intrinsic
+def as_fp32(context, number):
+    """A bf16 number, given as uint16."""
+
+    def code(_: Any, build: Any, signature: Any, args: Sequence[Any]) -> Any:
+        return build.bitcast(build.shl(build.zext(args[0], _INT), _INT(16)), _FLOAT)
+
+    return types.float32(types.uint16), code
+
+
+@intrinsic
+def as_bf16(context, number):
+    """Rounded to the nearest, to even in the middle, as torch does; NaN stays NaN."""
+
+    def code(_: Any, build: Any, signature: Any, args: Sequence[Any]) -> Any:
+        bits = build.bitcast(args[0], _INT)
+        odd = build.and_(build.lshr(bits, _INT(16)), _INT(1))
+        rounded = build.lshr(build.add(bits, build.add(odd, _INT(0x7FFF))), _INT(16))
+        is_nan = build.fcmp_unordered("uno", args[0], args[0])
+        return build.trunc(build.select(is_nan, _INT(0x7FC0), rounded), ir.IntType(16))
+
+    return types.uint16(types.float32), code
+
+
+@intrinsic
+def _power_of_two(context, exponent):
+    """2 to a whole number of -126 to 127."""
+
+    def code(_: Any, build: Any, signature: Any, args: Sequence[Any]) -> Any:
+        return build.bitcast(build.shl(build.add(args[0], _INT(127)), _INT(23)), _FLOAT)
+
+    return types.float32(types.int32), code
+
+
+@numba.njit(inline="always")
+def exp(x):
+    """To 5 decimal places, far beyond bf16; at most e to the 87, and 0 below e to the -69.
+
+    Without tiny numbers: products of those would leave what the processor computes at full speed.
+    """
+    exponent = x * _LOG2_E
+    power = _LOW if exponent < _LOW else exponent  # NaN passes
+    power = _HIGH if power > _HIGH else power
+    whole = np.floor(power + _HALF)
+    part = power - whole
+    fraction = _ONE + part * (_C1 + part * (_C2 + part * (_C3 + part * _C4)))
+    return _ZERO if exponent < _LOW else fraction * _power_of_two(np.int32(whole))
+
+
+@numba.njit(inline="always")
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return _ONE / (_ONE + exp(-x))
+
+
+def _tile(columns: int, rows: int = 4) -> Any:
+    """An intrinsic that writes `rows` rows of 16 * `columns` sums over k products to memory, kept in registers before.
+
+    Its arguments are addresses and bytes from row to row, of a (rows, k) fp32, b (k, 16 * columns) bf16, c (rows, 16 *
+    columns) fp32, and k.
+    """
+
+    @intrinsic
+    def tile(context, a, a_step, b, b_step, c, c_step, k):
+        def code(target: Any, build: Any, signature: Any, args: Sequence[Any]) -> Any:
+            a, a_step, b, b_step, c, c_step, k = args
+            nothing = ir.Constant(_FLOATS, [0.0] * 16)
+            multiply_add: Callable[..., Any] = cgutils.get_or_insert_function(
+                build.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32"
+            )
+
+            def at(address: Any, kind: Any) -> Any:
+                return build.inttoptr(address, kind.as_pointer())
+
+            sums = [[cgutils.alloca_once(build, _FLOATS) for _ in range(columns)] for _ in range(rows)]
+            for row in sums:
+                for place in row:
+                    build.store(nothing, place)
+            with cgutils.for_range(build, k) as loop:
+                line = build.add(b, build.mul(loop.index, b_step))
+                factors = []
+                for column in range(columns):
+                    short = build.load(at(build.add(line, _LONG(32 * column)), _SHORTS), align=2)
+                    wide = build.shl(build.zext(short, _INTS), ir.Constant(_INTS, [16] * 16))
+                    factors.append(build.bitcast(wide, _FLOATS))
+                for row in range(rows):
+                    place = build.add(build.add(a, build.mul(_LONG(row), a_step)), build.mul(loop.index, _LONG(4)))
+                    single = build.load(at(place, _FLOAT), align=4)
+                    anything = ir.Constant(_FLOATS, ir.Undefined)
+                    single = build.insert_element(anything, single, _INT(0))
+                    spread = build.shuffle_vector(single, anything, ir.Constant(_INTS, [0] * 16))
+                    for column in range(columns):
+                        place = sums[row][column]
+                        build.store(build.call(multiply_add, [spread, factors[column], build.load(place)]), place)
+            for row in range(rows):
+                for column in range(columns):
+                    place = build.add(build.add(c, build.mul(_LONG(row), c_step)), _LONG(64 * column))
+                    build.store(build.load(sums[row][column]), at(place, _FLOATS), align=4)
+            return target.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), code
+
+    return tile
+
+
+_tile_80, _tile_64, _tile_16 = _tile(5), _tile(4), _tile(1)
+
+
+@numba.njit(inline="always")
+def product(a, b, b_first, b_width, c):
+    """c = a times a part of b.
+
+    Args:
+        a: (4, k) fp32. c: (4, n) fp32, n a multiple of 16.
+        b: bf16; element (i, j) of the (k, n) part is the one at `b_first` + i * `b_width` + j in memory.
+    """
+    k, n, done = a.shape[1], c.shape[1], 0
+    a_at, b_at, c_at = a.ctypes.data, b.ctypes.data + 2 * b_first, c.ctypes.data
+    while n - done >= 80:
+        _tile_80(a_at, 4 * k, b_at + 2 * done, 2 * b_width, c_at + 4 * done, 4 * n, k)
+        done += 80
+    while n - done >= 64:
+        _tile_64(a_at, 4 * k, b_at + 2 * done, 2 * b_width, c_at + 4 * done, 4 * n, k)
+        done += 64
+    while n - done >= 16:
+        _tile_16(a_at, 4 * k, b_at + 2 * done, 2 * b_width, c_at + 4 * done, 4 * n, k)
+        done += 16
+
+
+def _compiled(function: Callable[..., None]) -> Any:
+    """Compiled at the first call, and kept on disk where there is a place for it."""
+    options = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no place that can be written to
+        return numba.njit(**options)(function)
+
+
+@_compiled
+def norm(x, gamma, beta, out):
+    """LayerNorm of x (N, D) bf16 into `out`; gamma and beta (D,) fp32."""
+    count, width = x.shape
+    row = np.empty(width, np.float32)
+    for i in range(count):
+        total = _ZERO
+        for d in range(width):
+            row[d] = as_fp32(x[i, d])
+            total += row[d]
+        mean, square = total / np.float32(width), _ZERO
+        for d in range(width):
+            row[d] -= mean
+            square += row[d] * row[d]
+        scale = _ONE / np.sqrt(square / np.float32(width) + _EPS)
+        for d in range(width):
+            out[i, d] = as_bf16(row[d] * scale * gamma[d] + beta[d])
+
+
+@_compiled
+def add_norm(x, branch, weight, gamma, beta, total, out):
+    """`total` = x + weight * branch, `out` = LayerNorm of that; all (N, D) bf16, `total` may be x."""
+    count, width = x.shape
+    row = np.empty(width, np.float32)
+    for i in range(count):
+        whole = _ZERO
+        for d in range(width):
+            row[d] = as_fp32(x[i, d]) + weight * as_fp32(branch[i, d])
+            whole += row[d]
+        for d in range(width):  # apart from the reading: a loop over arrays that may be the same is not vectorised
+            total[i, d] = as_bf16(row[d])
+        mean, square = whole / np.float32(width), _ZERO
+        for d in range(width):
+            row[d] -= mean
+            square += row[d] * row[d]
+        scale = _ONE / np.sqrt(square / np.float32(width) + _EPS)
+        for d in range(width):
+            out[i, d] = as_bf16(row[d] * scale * gamma[d] + beta[d])
+
+
+@_compiled
+def add_rms_norm(x, branch, gain, out):
+    """`out` = (x + branch) of unit root mean square, times `gain`; all (N, D) bf16, `out` may be x."""
+    count, width = x.shape
+    row = np.empty(width, np.float32)
+    for i in range(count):
+        square = _ZERO
+        for d in range(width):
+            row[d] = as_fp32(x[i, d]) + as_fp32(branch[i, d])
+            square += row[d] * row[d]
+        scale = gain / np.sqrt(square / np.float32(width) + _RMS_EPS)
+        for d in range(width):
+            out[i, d] = as_bf16(row[d] * scale)
+
+
+@_compiled
+def convolve(expanded, slots, frames, state, taps, bias, gamma, beta, out):
+    """Gated linear unit, depthwise convolution within the chunk, LayerNorm and SiLU: `conv.ChunkConv` but its products.
+
+    Args:
+        expanded: (N, 2 * D) bf16. out: (N, D) bf16.
+        slots: (B,) of the streams; the last slot of `state` is nobody's, its rows come out as zeros.
+        frames: (B,) real frames of each row; what follows them is padding. state: (S, h, D) bf16, brought up to date.
+        taps: (K, D) fp32, bias, gamma, beta: (D,) fp32.
+    """
+    streams, (count, width) = len(slots), out.shape
+    chunk, halo = count // streams, state.shape[1]
+    gated = np.zeros((halo + chunk + halo, width), np.float32)
+    row = np.empty(width, np.float32)
+    for b in range(streams):
+        slot, first, real = slots[b], b * chunk, frames[b]
+        if slot == len(state) - 1:
+            out[first : first + chunk] = 0
+            continue
+        for j in range(halo):
+            for d in range(width):
+                gated[j, d] = as_fp32(state[slot, j, d])
+        for t in range(real):
+            given, gates, place = expanded[first + t], expanded[first + t, width:], gated[halo + t]
+            for d in range(width):
+                place[d] = as_fp32(as_bf16(as_fp32(given[d]) * sigmoid(as_fp32(gates[d]))))
+        for t in range(real, chunk + halo):
+            for d in range(width):
+                gated[halo + t, d] = _ZERO
+        for j in range(halo):
+            for d in range(width):
+                state[slot, j, d] = as_bf16(gated[real + j, d])
+        for t in range(chunk):
+            for d in range(width):
+                row[d] = bias[d]
+            for k in range(len(taps)):
+                tap, place = taps[k], gated[t + k]
+                for d in range(width):
+                    row[d] += tap[d] * place[d]
+            total = _ZERO
+            for d in range(width):
+                total += row[d]
+            mean, square = total / np.float32(width), _ZERO
+            for d in range(width):
+                row[d] -= mean
+                square += row[d] * row[d]
+            scale, place = _ONE / np.sqrt(square / np.float32(width) + _EPS), out[first + t]
+            for d in range(width):
+                value = row[d] * scale * gamma[d] + beta[d]
+                place[d] = as_bf16(value * sigmoid(value))
+
+
+@numba.njit(inline="always")
+def _rotate(given, first, half, cos, sin, scale, out):
+    """`attention.rotate` of one head, times `scale`: 2 * `half` numbers from `first` on, bf16 to fp32."""
+    low, high = given[first : first + half], given[first + half : first + 2 * half]
+    low_out, high_out = out[first : first + half], out[first + half : first + 2 * half]
+    for d in range(half):
+        c, s = as_fp32(cos[d]) * scale, as_fp32(sin[d]) * scale
+        a, b = as_fp32(low[d]), as_fp32(high[d])
+        low_out[d] = a * c - b * s
+        high_out[d] = b * c + a * s
+
+
+@numba.njit(inline="always")
+def _softmax(scores, hidden, top):
+    """Softmax of `scores` + `hidden` in place; `top` is room for a number per lane."""
+    window = len(scores)
+    for lane in range(_LANES):
+        top[lane] = np.float32(-1e30)
+    for w in range(0, window, _LANES):
+        part, mask = scores[w : w + _LANES], hidden[w : w + _LANES]
+        for lane in range(_LANES):
+            score = part[lane] + mask[lane]
+            part[lane] = score
+            top[lane] = score if score > top[lane] else top[lane]
+    highest, total = top[0], _ZERO
+    for lane in range(_LANES):
+        highest = max(highest, top[lane])
+    for w in range(window):
+        weight = exp(scores[w] - highest)
+        scores[w] = weight
+        total += weight
+    total = _ONE / total
+    for w in range(window):
+        scores[w] *= total
+
+
+@_compiled
+def store(projected, cells, cos, sin, keys, values):
+    """Rotate keys and write them and the values where they belong.
+
+    Args:
+        projected: (N, >= 2 * D) bf16; keys and values are its last 2 * D columns.
+        cells: (N,) ring cells, slot * W + cell. cos, sin: (N, E / 2) bf16.
+        keys: (S, H, E, W) bf16, so that queries meet 16 keys at once. values: (S, W, H, E) bf16.
+    """
+    heads, head_dim, window = keys.shape[1:]
+    half, width, count = head_dim // 2, heads * head_dim, len(cells)
+    first_key = projected.shape[1] - 2 * width
+    turned, rotated = np.empty(width, np.float32), np.empty((_GROUP, width), np.uint16)
+    rows, value_rows = keys.reshape(len(keys), width, window), values.reshape(-1, width)
+    for group in range(0, count, _GROUP):
+        size = min(_GROUP, count - group)
+        for g in range(size):
+            i = group + g
+            given, key = projected[i, first_key : first_key + width], rotated[g]
+            for h in range(heads):
+                _rotate(given, h * head_dim, half, cos[i], sin[i], _ONE, turned)
+            for d in range(width):
+                key[d] = as_bf16(turned[d])
+            given, value = projected[i, first_key + width :], value_rows[cells[i]]
+            for d in range(width):
+                value[d] = given[d]
+        slot, cell = cells[group] // window, cells[group] % window
+        if cells[group + size - 1] - cells[group] == size - 1 and cell + size <= window:  # mostly: neighbours
+            place = rows[slot, :, cell : cell + size]
+            if size == _GROUP:  # a number that the compiler knows
+                for d in range(width):
+                    for g in range(_GROUP):
+                        place[d, g] = rotated[g, d]
+            else:
+                for d in range(width):
+                    for g in range(size):
+                        place[d, g] = rotated[g, d]
+        else:
+            for g in range(size):
+                slot, cell = cells[group + g] // window, cells[group + g] % window
+                for d in range(width):
+                    rows[slot, d, cell] = rotated[g, d]
+
+
+@_compiled
+def attend(projected, slots, mask, cos, sin, keys, values, out):
+    """Softmax attention of the queries over their stream's ring cells; the chunk's own keys are `store`d before.
+
+    Args:
+        projected: (N, 3 * D) bf16; queries are its first D columns. slots: (B,); rows of the last, nobody's, get zeros.
+        mask: (B, W) bf16, added to the scores. cos, sin, keys, values: as for `store`. out: (N, D) bf16.
+    """
+    streams, heads, head_dim, window = len(slots), *keys.shape[1:]
+    chunk, half, width = len(out) // streams, head_dim // 2, heads * head_dim
+    scores, queries = np.empty((_ROWS, window), np.float32), np.zeros((_ROWS, head_dim), np.float32)
+    mixed, top = np.empty((_ROWS, head_dim), np.float32), np.empty(_LANES, np.float32)
+    hidden = np.empty(window, np.float32)
+    root = _ONE / np.sqrt(np.float32(head_dim))
+    for b in range(streams):
+        slot, first = slots[b], b * chunk
+        if slot == len(keys) - 1:
+            out[first : first + chunk] = 0
+            continue
+        for w in range(window):
+            hidden[w] = as_fp32(mask[b, w])
+        for h in range(heads):
+            begin = h * head_dim
+            for group in range(first, first + chunk, _ROWS):
+                rows = min(_ROWS, first + chunk - group)
+                for r in range(rows):
+                    i = group + r
+                    _rotate(projected[i, begin:], 0, half, cos[i], sin[i], root, queries[r])
+                product(queries, keys, (slot * heads + h) * head_dim * window, window, scores)
+                for r in range(rows):
+                    _softmax(scores[r], hidden, top)
+                product(scores, values, (slot * window * heads + h) * head_dim, width, mixed)
+                for r in range(rows):
+                    answer, place = mixed[r], out[group + r, begin:]
+                    for d in range(head_dim):
+                        place[d] = as_bf16(answer[d])

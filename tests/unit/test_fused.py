@@ -1,0 +1,240 @@
+"""Kernels between matrix products: as exact as torch in bf16, each stream for itself, whatever its neighbours are."""
+
+from __future__ import annotations
+
+import importlib.util
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from asr_exit.attention import rotary, rotate
+from asr_exit.cache import CachePool, as_bits
+from asr_exit.checkpoint import Model
+from asr_exit.encoder import Encoder
+from asr_exit.engine import Engine
+from asr_exit.fused import can_fuse, fuse
+from asr_exit.packing import can_pack
+from asr_exit.stream import Fill, StreamOptions
+from asr_exit.torch_backend import TorchBackend
+from tests.conftest import babble, random_model
+
+pytest.importorskip("numba", reason="numba is not installed: there are no kernels to test")
+from asr_exit import kernels
+
+CHUNK = 8
+
+
+class Run:
+    """Segments of an encoder over chunks of several streams, as a backend runs them."""
+
+    def __init__(self, encoder: Encoder, dtype: torch.dtype, *, fused: bool, slots: int = 6) -> None:
+        self.encoder, self.dtype = deepcopy(encoder).to(dtype), dtype
+        if fused:
+            fuse(self.encoder)
+        tails = encoder.subsampling.tail_shapes()
+        self.pool = CachePool(encoder.config, slots, tails, torch.device("cpu"), dtype, keys_by_lane=fused)
+        self.slots = np.array([self.pool.acquire() for _ in range(slots - 1)])
+
+    @torch.inference_mode()
+    def chunk(
+        self, states: Tensor, frames: list[int], rows: int | None = None, depth: int | None = None
+    ) -> list[Tensor]:
+        """Logits of each exit, (B, T, V), for (B, T, D) `states` of the first streams; deeper segments are filled."""
+        config, count = self.encoder.config, len(frames)
+        rows, lengths, slots = rows or count, np.array(frames), self.slots[:count]
+        batch = torch.zeros(rows, max(frames), config.d_model, dtype=self.dtype)
+        batch[:count] = states[:, : max(frames)]
+        logits = []
+        for index, segment in enumerate(self.encoder.segments):
+            if depth is not None and index >= depth:
+                skipped = torch.cat([batch[row, :length] for row, length in enumerate(frames)])
+                context, layers, last = self.pool.begin_filling(index, slots, lengths, rows, len(skipped))
+                segment.propagate(skipped[None], context, layers, skipped[torch.from_numpy(last)])
+                continue
+            context, places, _ = self.pool.begin(index, slots, lengths, CHUNK, rows)
+            batch, scores = segment(batch, context, self.pool.views(index, places))
+            logits.append(scores[:count].float())
+        return logits
+
+
+def chunks_of(model: Model, streams: int, count: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(streams, CHUNK, model.config.d_model, generator=generator) for _ in range(count)]
+
+
+def test_no_further_from_fp32_than_torch_in_bf16() -> None:
+    """Twelve chunks, so that the ring wraps; some short, some left early and filled, with padding rows."""
+    model = random_model(d_model=64, num_heads=2)
+    runs = {
+        "exact": Run(model.encoder, torch.float32, fused=False),
+        "plain": Run(model.encoder, torch.bfloat16, fused=False),
+        "fused": Run(model.encoder, torch.bfloat16, fused=True),
+    }
+    worst = {"plain": 0.0, "fused": 0.0}
+    mean = {"plain": [], "fused": []}
+    for number, states in enumerate(chunks_of(model, 4, 12)):
+        frames = [8, 3, 8, 1] if number == 11 else [8, 8, 8, 8]
+        depth = 3 if number in (4, 9) else None
+        rounded = states.bfloat16().float()
+        said = {name: run.chunk(rounded, frames, rows=6, depth=depth) for name, run in runs.items()}
+        for index, exact in enumerate(said["exact"]):
+            for name in worst:
+                for row, length in enumerate(frames):
+                    errors = (said[name][index] - exact)[row, :length].abs()
+                    worst[name] = max(worst[name], errors.max().item())
+                    mean[name].append(errors.mean().item())
+    assert worst["plain"] > 0
+    assert worst["fused"] < 1.3 * worst["plain"]
+    assert np.mean(mean["fused"]) < 1.1 * np.mean(mean["plain"])
+
+
+@pytest.mark.parametrize("poison", [None, float("nan")])
+def test_neighbours_change_no_bit(poison: float | None) -> None:
+    model = random_model()
+    alone, together = (Run(model.encoder, torch.bfloat16, fused=True) for _ in range(2))
+    for number, states in enumerate(chunks_of(model, 3, 4)):
+        frames = [8, 8, 8] if number < 3 else [5, 8, 2]
+        if poison is not None:
+            states[1, 2, 0] = poison
+        mixed = together.chunk(states, frames, rows=5)
+        single = alone.chunk(states[:1], frames[:1])
+        for here, there in zip(mixed, single, strict=True):
+            assert torch.equal(here[:1, : frames[0]], there[:, : frames[0]])
+            assert torch.isfinite(here[0, : frames[0]]).all()
+            if poison is not None:
+                assert torch.isnan(here[1, 2]).any()
+
+
+def test_the_spare_slot_gets_the_padding_and_no_stream_does() -> None:
+    model = random_model()
+    run = Run(model.encoder, torch.bfloat16, fused=True)
+    states = chunks_of(model, 2, 1)[0]
+    before = [
+        cache.clone() for layer in run.pool.segments[0].layers for cache in (layer.keys, layer.values, layer.conv)
+    ]
+    run.chunk(states, [8, 8], rows=5)
+    after = [cache for layer in run.pool.segments[0].layers for cache in (layer.keys, layer.values, layer.conv)]
+    others = run.slots[2:]
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old[others], new[others])
+        assert not torch.equal(old[run.slots[:2]], new[run.slots[:2]])
+
+
+def test_norms_are_those_of_torch() -> None:
+    x, branch = torch.randn(9, 48).bfloat16(), torch.randn(9, 48).bfloat16()
+    gamma, beta = torch.randn(48), torch.randn(48)
+    exact = torch.nn.functional.layer_norm(x.float(), (48,), gamma, beta)
+    out = torch.empty_like(x)
+    kernels.norm(as_bits(x), gamma.numpy(), beta.numpy(), as_bits(out))
+    torch.testing.assert_close(out.float(), exact, rtol=2**-8, atol=1e-5)
+    whole = x.float() + 0.5 * branch.float()
+    total = torch.empty_like(x)
+    kernels.add_norm(
+        as_bits(x), as_bits(branch), np.float32(0.5), gamma.numpy(), beta.numpy(), as_bits(total), as_bits(out)
+    )
+    assert torch.equal(total, whole.bfloat16())
+    torch.testing.assert_close(
+        out.float(), torch.nn.functional.layer_norm(whole, (48,), gamma, beta), rtol=2**-8, atol=1e-5
+    )
+    whole = x.float() + branch.float()
+    kernels.add_rms_norm(as_bits(x), as_bits(branch), np.float32(1.5), as_bits(x))  # in place
+    torch.testing.assert_close(
+        x.float(), 1.5 * torch.nn.functional.rms_norm(whole, (48,), eps=1e-6), rtol=2**-8, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("window", [16, 64, 80, 160])
+@pytest.mark.parametrize("frames", [1, 3, 8, 9])
+def test_attention_is_that_of_torch(window: int, frames: int) -> None:
+    torch.manual_seed(window + frames)
+    streams, heads, head_dim = 3, 2, 32
+    width = heads * head_dim
+    projected = torch.randn(streams * frames, 3 * width).bfloat16()
+    keys = torch.zeros(streams + 1, heads, head_dim, window).bfloat16()
+    values = torch.zeros(streams + 1, window, heads, head_dim).bfloat16()
+    cells = np.concatenate([slot * window + (window - 2 + np.arange(frames)) % window for slot in range(streams)])
+    cos, sin = (x[:, :, 0] for x in rotary(torch.arange(streams * frames)[None], head_dim, torch.bfloat16))
+    mask = torch.full((streams, window), -30_000.0).bfloat16()
+    mask.view(-1)[torch.from_numpy(cells)] = 0.0
+    out = torch.empty(streams * frames, width).bfloat16()
+    shared = as_bits(cos[0]), as_bits(sin[0]), as_bits(keys), as_bits(values)
+    kernels.store(as_bits(projected), cells, *shared)
+    kernels.attend(as_bits(projected), np.arange(streams), as_bits(mask), *shared, as_bits(out))
+    q, k, v = projected.view(streams, frames, 3, heads, head_dim).float().unbind(2)
+    angles = (x.view(streams, frames, 1, -1).float() for x in (cos, sin))
+    cosines, sines = angles
+    q, k = rotate(q, cosines, sines), rotate(k, cosines, sines).bfloat16().float()
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    exact = exact.transpose(1, 2).reshape(streams * frames, width)
+    assert (out.float() - exact).abs().max() < 2e-2
+    stored = keys.permute(0, 3, 1, 2).reshape(-1, heads, head_dim)[torch.from_numpy(cells)]
+    assert torch.equal(stored, k.reshape(-1, heads, head_dim).bfloat16())
+
+
+def test_hidden_keys_count_for_nothing_however_large() -> None:
+    heads, head_dim, window = 1, 16, 32
+    projected = torch.ones(1, 3 * head_dim).bfloat16()
+    keys = torch.full((2, heads, head_dim, window), 40.0).bfloat16()
+    values = torch.full((2, window, heads, head_dim), 1e30).bfloat16()
+    mask = torch.full((1, window), -30_000.0).bfloat16()
+    mask[0, 5] = 0.0
+    cos, sin = torch.ones(1, 8).bfloat16(), torch.zeros(1, 8).bfloat16()
+    out = torch.empty(1, head_dim).bfloat16()
+    shared = as_bits(cos), as_bits(sin), as_bits(keys), as_bits(values)
+    kernels.store(as_bits(projected), np.array([5]), *shared)
+    kernels.attend(as_bits(projected), np.array([0]), as_bits(mask), *shared, as_bits(out))
+    assert torch.equal(out, torch.ones_like(out))
+
+
+@pytest.mark.skipif(not can_pack(), reason="this processor does not multiply bf16: nothing is fused")
+def test_a_bf16_engine_on_a_cpu_is_fused_and_others_are_not(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_fused(precision: str) -> bool:
+        backend = Engine(model.in_precision(precision), slots=1).backend
+        assert isinstance(backend, TorchBackend)
+        return "forward" in vars(backend.encoder.segments[0])
+
+    assert is_fused("bf16")
+    assert not is_fused("fp32")
+    cpu = torch.device("cpu")
+    assert not can_fuse(model.config, torch.bfloat16, torch.device("cuda"))
+    narrow = random_model(d_model=32, num_heads=4).config  # 8 numbers a head are no vector
+    assert not can_fuse(narrow, torch.bfloat16, cpu)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not can_fuse(model.config, torch.bfloat16, cpu)
+    assert not is_fused("bf16")
+
+
+@pytest.mark.skipif(not can_pack(), reason="this processor does not multiply bf16: nothing is fused")
+def test_without_numba_every_chunk_is_heard_as_deep(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def layers(engine: Engine) -> list[int]:
+        stream = engine.open(StreamOptions(fill=Fill.PROPAGATE))
+        engine.push(stream, babble(2.0))
+        engine.finish(stream)
+        found: list[int] = []
+        while step := engine.step().results:
+            found += [result.exit_layer for result in step]
+        return found
+
+    with_kernels = layers(Engine(model.in_precision("bf16"), slots=1))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert layers(Engine(model.in_precision("bf16"), slots=1)) == with_kernels == [12] * 4
+
+
+def test_gates_and_offline_passes_stay_with_torch() -> None:
+    model = random_model()
+    fused = deepcopy(model.encoder).bfloat16()
+    plain = deepcopy(fused)
+    fuse(fused)
+    features, lengths = torch.randn(2, 256, 80), torch.tensor([256, 200])
+    depth = torch.tensor([[1, 3, 6, 2], [6, 1, 2, 6]])
+    for settings in ({}, {"chunk_depth": depth}):
+        with torch.inference_mode():
+            ours = fused(features, lengths, chunk_frames=CHUNK, **settings)
+            theirs = plain(features, lengths, chunk_frames=CHUNK, **settings)
+        if settings:
+            assert torch.equal(ours.mixed_logits, theirs.mixed_logits)
+        else:
+            assert torch.equal(ours.logits[-1], theirs.logits[-1])
