@@ -179,7 +179,8 @@ class CachePool:
         ]
         table = rotary(torch.arange(_TABLE_FRAMES)[None], head_dim, dtype)
         self._cos, self._sin = (values[0].to(device) for values in table)  # (frames, 1, E / 2)
-        self.tails = [poisoned(slots + 1, channels, 1, bands) for channels, bands in tail_shapes]
+        by_band = [poisoned(slots + 1, 1, bands, channels) for channels, bands in tail_shapes]
+        self.tails = [tail.permute(0, 3, 1, 2) for tail in by_band]  # channels last, as the convolutions want them
         self.free = list(range(slots - 1, -1, -1))
         self._shared: tuple[tuple[np.ndarray, ...], FrameContext] | None = None  # of the last `begin`
 

@@ -62,7 +62,7 @@ class ConvSubsampling(nn.Module):
             if tails is None:  # zeros before the first frame; those after the last are never read, as T is even
                 x = F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
             else:
-                x = conv(_join(tails[stage].to(x.dtype), x))
+                x = conv(join(tails[stage].to(x.dtype), x))
             x = F.relu_(x)
         return self.out(x.permute(0, 2, 3, 1).flatten(2)), new_tails
 
@@ -75,7 +75,7 @@ class ConvSubsampling(nn.Module):
         return total + self.out.weight.numel()
 
 
-def _join(tail: Tensor, x: Tensor) -> Tensor:
+def join(tail: Tensor, x: Tensor) -> Tensor:
     """(B, channels, 1, bands) and (B, channels, T, bands) -> (B, channels, 1 + T, bands), channels-last in memory.
 
     `torch.cat` would forget that about a single channel, and every convolution after it would take three times as long.

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asr_exit.cache import LayerView, as_bits
+from asr_exit.cache import CachePool, LayerView, as_bits
+from asr_exit.conv import join
 from asr_exit.packing import can_pack
 
 if TYPE_CHECKING:
@@ -64,6 +66,40 @@ class _FusedBlock:
         conv = block.conv
         self.taps = np.ascontiguousarray(_fp32(conv.taps())[:, 0].T)
         self.bias, self.conv_norm = _fp32(cast(Tensor, conv.depthwise.bias)), _Norm(conv.norm)
+
+
+class FusedSubsampling:
+    """`Encoder.normalise` and `ConvSubsampling` for streams: the first stage, half of the work, by a kernel."""
+
+    def __init__(self, encoder: Encoder, pool: CachePool) -> None:
+        """`pool`'s tails must lie channels last."""
+        from asr_exit import front_kernels
+
+        self._kernels, self._pool, self._stages = front_kernels, pool, encoder.subsampling
+        self._mean, self._deviation = _fp32(encoder.feature_mean), _fp32(encoder.feature_std)
+        first = self._stages.convs[0]
+        self._weight = np.ascontiguousarray(_fp32(first.weight).reshape(len(first.weight), -1).T)
+        self._bias = _fp32(cast(Tensor, first.bias))
+        # as they lie in memory: (S, 1, bands, channels)
+        self._tails = [as_bits(tail.permute(0, 2, 3, 1)[:, 0]) for tail in pool.tails[:2]]
+
+    def __call__(self, log_mel: np.ndarray, lengths: np.ndarray, slots: np.ndarray, frames: np.ndarray) -> Tensor:
+        """(B, F, num_mels) fp32 with real features (B,), slots (B,) and model frames (B,) -> (B, T, D)."""
+        stages, pool, factor = self._stages, self._pool, self._stages.factor
+        rows, features, _ = log_mel.shape
+        joined = torch.empty(rows, 1 + features // 2, stages.bands[1], stages.channels[1], dtype=pool.dtype)
+        first, second = self._tails
+        statistics, weights = (self._mean, self._deviation), (self._weight, self._bias)
+        given = log_mel, lengths, frames * factor, *statistics, slots
+        self._kernels.first_stage(*given, first[..., 0], second, *weights, as_bits(joined))
+        x = F.relu_(stages.convs[1](joined.permute(0, 3, 1, 2)))
+        index = pool.tensor(slots)
+        for stage, conv in enumerate(stages.convs[2:], 2):
+            ends = pool.tensor(frames * (factor >> stage) - 1)
+            before = pool.tails[stage].index_select(0, index)
+            pool.tails[stage].index_copy_(0, index, x[torch.arange(rows), :, ends].unsqueeze(2))
+            x = F.relu_(conv(join(before, x)))
+        return stages.out(x.permute(0, 2, 3, 1).flatten(2))
 
 
 class _FusedSegment:

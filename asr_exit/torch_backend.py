@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from asr_exit.cuda_graphs import CudaCapture, SegmentGraphs
 from asr_exit.encoder import Encoder
 from asr_exit.evidence import ExitScores, score
 from asr_exit.features import log_mels, windows_to_log_mel
-from asr_exit.front_end import Float32LogMel
-from asr_exit.fused import can_fuse, fuse
+from asr_exit.front_end import Float32LogMel, FusedLogMel
+from asr_exit.fused import FusedSubsampling, can_fuse, fuse
 from asr_exit.packing import pack_linears
 
 _ROWS_AT_ONCE = 8  # frames of skipped chunks are padded to multiples of this many
@@ -60,12 +60,15 @@ class TorchBackend:
             fuse(self.encoder)
         tails = encoder.subsampling.tail_shapes()
         self.pool = CachePool(self.config, slots, tails, self.device, self.dtype, keys_by_lane=fused)
+        self._subsample = FusedSubsampling(self.encoder, self.pool) if fused else self._plain_subsample
         self.buckets = usual if buckets is None else buckets
         self._graphs: SegmentGraphs | None = None
         if cuda_graphs:
             self._graphs = SegmentGraphs(self.encoder.segments, self.pool, CudaCapture(self.device))
         self._newest: tuple[list[Tensor], Tensor] = [], torch.empty(0)  # rows that `run` gave last, and their batch
-        self._fast_log_mel = None if self.dtype == torch.float32 else Float32LogMel(self.config.features)
+        self._fast_log_mel: Callable[[np.ndarray], np.ndarray] | None = None
+        if self.dtype != torch.float32:
+            self._fast_log_mel = (FusedLogMel if fused else Float32LogMel)(self.config.features)
 
     @property
     def free_slots(self) -> int:
@@ -90,18 +93,24 @@ class TorchBackend:
         padded = np.zeros((rows, longest * self.config.subsampling, self.config.features.num_mels), np.float32)
         for row, values in enumerate(features):
             padded[row, : len(values)] = values
-        batch = self.encoder.normalise(self.pool.tensor(padded))
-        for row, values in enumerate(features):
-            if len(values) < padded.shape[1]:
-                batch[row, len(values) :] = 0.0
-        index = self.pool.tensor(extended(slots, rows, self.pool.spare_slot))
-        ends, real = None, None
-        if frames.min() < longest:
-            ends = self.pool.tensor(extended(frames, rows, longest))
-            real = self.pool.tensor(real_frames(frames, longest))
+        lengths = extended(np.array([len(values) for values in features]), rows, padded.shape[1])
+        places = extended(slots, rows, self.pool.spare_slot), extended(frames, rows, longest)
+        states = self._subsample(padded, lengths, *places)
+        real = self.pool.tensor(real_frames(frames, longest)) if frames.min() < longest else None
+        return _rows(states[: len(slots)], real, frames)
+
+    def _plain_subsample(
+        self, log_mel: np.ndarray, lengths: np.ndarray, slots: np.ndarray, frames: np.ndarray
+    ) -> Tensor:
+        """(B, F, num_mels) with real features (B,), slots (B,) and model frames (B,) -> (B, T, D)."""
+        batch = self.encoder.normalise(self.pool.tensor(log_mel))
+        for row in np.flatnonzero(lengths < log_mel.shape[1]).tolist():
+            batch[row, lengths[row] :] = 0.0
+        index = self.pool.tensor(slots)
+        ends = self.pool.tensor(frames) if frames.min() < frames.max() else None
         states, tails = self.encoder.subsampling(batch.to(self.dtype), self.pool.swap_tails(index), ends)
         self.pool.swap_tails(index, tails)
-        return _rows(states[: len(slots)], real, frames)
+        return states
 
     def _rows_of(self, slots: np.ndarray) -> int:
         """Rows of the batch for (B,) slots."""

@@ -238,3 +238,26 @@ def test_gates_and_offline_passes_stay_with_torch() -> None:
             assert torch.equal(ours.mixed_logits, theirs.mixed_logits)
         else:
             assert torch.equal(ours.logits[-1], theirs.logits[-1])
+
+
+@pytest.mark.skipif(not can_pack(), reason="this processor does not multiply bf16: nothing is fused")
+def test_subsampling_is_that_of_torch(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of different lengths, the last ones with a part of a frame; fewer streams than rows of a batch."""
+    reduced = model.in_precision("bf16")
+    fused = reduced.backend(12, "cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    plain = reduced.backend(12, "cpu")
+    rng = np.random.default_rng(0)
+    slots = [np.array([backend.acquire() for _ in range(9)]) for backend in (fused, plain)]  # 9 of 10 rows
+    for lengths in ([64] * 9, [64, 16, 64, 24, 64, 64, 8, 64, 64], [61, 64, 3, 64, 17, 64, 64, 64, 64]):
+        features = [rng.normal(8.0, 3.0, (length, 80)).astype(np.float32) for length in lengths]
+        frames = np.array([-(-length // 8) for length in lengths])
+        ours, theirs = (
+            backend.subsample(places, features, frames) for backend, places in zip((fused, plain), slots, strict=True)
+        )
+        for mine, other, count in zip(ours, theirs, frames, strict=True):
+            assert mine.shape == other.shape == (count, model.config.d_model)
+            assert (mine - other).abs().max() < 2**-6 * other.abs().max()
+        for mine, other in zip(fused.pool.tails, plain.pool.tails, strict=True):
+            mine, other = mine[slots[0]], other[slots[1]]
+            assert (mine - other).abs().max() <= 2**-6 * other.abs().max()
