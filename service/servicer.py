@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from asr_exit.budget import Budget
 from service import wire
-from service.dialect import Dialect, EndUtterance, NativeDialect
+from service.dialect import Dialect, NativeDialect
 from service.errors import StreamError, abort, invalid, to_stream_error, undecodable
 from service.patience import Patience
 from service.pb import speech_pb2 as pb
@@ -124,12 +124,13 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
         try:
             while (message := await self._next(context, patience)) is not None:
                 for part in dialect.parts(message):
-                    if isinstance(part, Budget):
+                    if isinstance(part, bytes):
+                        if not session.pass_on(part):
+                            await session.send_audio(part)
+                    elif isinstance(part, Budget):
                         session.set_budget(part)
-                    elif isinstance(part, EndUtterance):
-                        await session.flush()
                     else:
-                        await session.send_audio(part)
+                        await session.flush()
             await session.end_audio()
         except asyncio.CancelledError:
             raise
