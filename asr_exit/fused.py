@@ -44,6 +44,8 @@ def fuse(encoder: Encoder) -> None:
     The states it is then given must come from a `CachePool` with `keys_by_lane`.
     """
     for segment in encoder.segments:
+        if "forward" in vars(segment):  # for another engine before
+            continue
         fused = _FusedSegment(segment)
         segment.forward = partial(fused.forward, segment.forward)  # type: ignore[method-assign]
         segment.propagate = fused.propagate  # type: ignore[method-assign]
@@ -68,11 +70,12 @@ class _FusedBlock:
         self.bias, self.conv_norm = _fp32(cast(Tensor, conv.depthwise.bias)), _Norm(conv.norm)
 
 
-class FusedSubsampling:
+class FusedSubsampling(nn.Module):
     """`Encoder.normalise` and `ConvSubsampling` for streams: the first stage, half of the work, by a kernel."""
 
     def __init__(self, encoder: Encoder, pool: CachePool) -> None:
         """`pool`'s tails must lie channels last."""
+        super().__init__()
         from asr_exit import front_kernels
 
         self._kernels, self._pool, self._stages = front_kernels, pool, encoder.subsampling
@@ -83,7 +86,7 @@ class FusedSubsampling:
         # as they lie in memory: (S, 1, bands, channels)
         self._tails = [as_bits(tail.permute(0, 2, 3, 1)[:, 0]) for tail in pool.tails[:2]]
 
-    def __call__(self, log_mel: np.ndarray, lengths: np.ndarray, slots: np.ndarray, frames: np.ndarray) -> Tensor:
+    def forward(self, log_mel: np.ndarray, lengths: np.ndarray, slots: np.ndarray, frames: np.ndarray) -> Tensor:
         """(B, F, num_mels) fp32 with real features (B,), slots (B,) and model frames (B,) -> (B, T, D)."""
         stages, pool, factor = self._stages, self._pool, self._stages.factor
         rows, features, _ = log_mel.shape

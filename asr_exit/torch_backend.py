@@ -60,7 +60,8 @@ class TorchBackend:
             fuse(self.encoder)
         tails = encoder.subsampling.tail_shapes()
         self.pool = CachePool(self.config, slots, tails, self.device, self.dtype, keys_by_lane=fused)
-        self._subsample = FusedSubsampling(self.encoder, self.pool) if fused else self._plain_subsample
+        self.subsampling = FusedSubsampling(self.encoder, self.pool) if fused else self.encoder.subsampling
+        self._subsample = self.subsampling if fused else self._plain_subsample
         self.buckets = usual if buckets is None else buckets
         self._graphs: SegmentGraphs | None = None
         if cuda_graphs:

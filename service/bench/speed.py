@@ -24,6 +24,7 @@ from asr_exit.checkpoint import DTYPES, Model
 from asr_exit.engine import Engine
 from asr_exit.policy import Fixed
 from asr_exit.stream import Stream, StreamOptions
+from asr_exit.torch_backend import TorchBackend
 from service.bench.streams import looped
 
 WARM_UP_TURNS = 3
@@ -56,6 +57,7 @@ class SpeedRow:
     outside_share: float  # of the step: features, evidence, captions, Python
     features_share: float  # of the step: log-mel features
     encoder_gmacs_per_second: float  # billions of multiply-accumulates a second inside the encoder
+    matrix_share: float  # of the rate of a large matrix product in the same turn, for the speed of a machine changes
 
     @property
     def encoder_deviation(self) -> float:
@@ -88,18 +90,9 @@ def measure_speed(
     """
     rows = []
     for batch in batches:
-        with _encoder_clock(model, device, CLOCKS[clock]) as encoder_seconds:
-            rows += _measure_batch(
-                model,
-                samples,
-                batch,
-                chunk_ms,
-                turns_of(seconds, chunk_ms),
-                device,
-                CLOCKS[clock],
-                encoder_seconds,
-                on_turn,
-            )
+        rows += _measure_batch(
+            model, samples, batch, chunk_ms, turns_of(seconds, chunk_ms), device, CLOCKS[clock], on_turn
+        )
     return rows
 
 
@@ -116,52 +109,71 @@ def _measure_batch(
     turns: int,
     device: str,
     clock: Callable[[], float],
-    encoder_seconds: list[float],
     on_turn: Callable[[], None],
 ) -> list[SpeedRow]:
     config = model.config
     layers = config.exit_layers
     lanes = [_open_lane(model, batch, chunk_ms, layer, device) for layer in layers]
-    chunk_samples = config.chunk_frames(chunk_ms) * config.samples_per_frame
-    overlap = config.features.window_samples - config.features.hop_samples
-    features_seconds = []
-    for turn in range(-WARM_UP_TURNS, turns):
-        for place in range(len(lanes)):
-            lane = lanes[(place + turn) % len(lanes)]  # nobody always comes first
-            parts = _parts(samples, lane, chunk_samples)
-            encoder_seconds[0] = 0.0
+    with _encoder_clock(lanes, device, clock) as encoder_seconds:
+        chunk_samples = config.chunk_frames(chunk_ms) * config.samples_per_frame
+        overlap = config.features.window_samples - config.features.hop_samples
+        features_seconds, matrix_rates = [], []
+        precision = next(name for name, dtype in DTYPES.items() if dtype == lanes[0].engine.backend.dtype)
+        for turn in range(-WARM_UP_TURNS, turns):
+            for place in range(len(lanes)):
+                lane = lanes[(place + turn) % len(lanes)]  # nobody always comes first
+                parts = _parts(samples, lane, chunk_samples)
+                encoder_seconds[0] = 0.0
+                begin = clock()
+                for stream, part in zip(lane.streams, parts, strict=True):
+                    lane.engine.push(stream, part)
+                output = lane.engine.step()
+                spent = clock() - begin
+                if output.failures:
+                    raise output.failures[0][1]
+                if turn >= 0:
+                    lane.seconds.append(spent)
+                    lane.encoder_seconds.append(encoder_seconds[0])
+            padded = [np.pad(part, (overlap, 0)) for part in parts]
             begin = clock()
-            for stream, part in zip(lane.streams, parts, strict=True):
-                lane.engine.push(stream, part)
-            output = lane.engine.step()
-            spent = clock() - begin
-            if output.failures:
-                raise output.failures[0][1]
+            lane.engine.backend.log_mel(padded)
+            features_seconds.append(clock() - begin)
             if turn >= 0:
-                lane.seconds.append(spent)
-                lane.encoder_seconds.append(encoder_seconds[0])
-        padded = [np.pad(part, (overlap, 0)) for part in parts]
-        begin = clock()
-        lane.engine.backend.log_mel(padded)
-        features_seconds.append(clock() - begin)
-        on_turn()
+                matrix_rates.append(matrix_rate(precision, device, clock, repeats=3))
+            on_turn()
     frames = config.chunk_frames(chunk_ms)
     full_macs, full = model.macs.full(frames), lanes[-1]
     return [
-        _row(lane, full, batch, layer, chunk_ms, model.macs.to_exit(index, frames), full_macs, median(features_seconds))
+        _row(
+            lane,
+            full,
+            batch,
+            layer,
+            chunk_ms,
+            model.macs.to_exit(index, frames),
+            full_macs,
+            median(features_seconds),
+            matrix_rates,
+        )
         for index, (layer, lane) in enumerate(zip(layers, lanes, strict=True))
     ]
 
 
 @torch.inference_mode()
-def matrix_rate(precision: str, device: str = "cpu", clock: str = "wall", size: int = 1024) -> float:
+def matrix_rate(
+    precision: str,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+    repeats: int = 12,
+    size: int = 1024,
+) -> float:
     """Billions of multiply-accumulates a second in a large matrix product: what the encoder is measured against."""
     left = torch.randn(size, size).to(device, DTYPES[precision])
     seconds = []
-    for _ in range(12):
-        begin = CLOCKS[clock]()
+    for _ in range(repeats):
+        begin = clock()
         (left @ left)[0, 0].item()
-        seconds.append(CLOCKS[clock]() - begin)
+        seconds.append(clock() - begin)
     return size**3 / min(seconds[2:]) / 1e9
 
 
@@ -188,6 +200,7 @@ def _row(
     macs: int,
     full_macs: int,
     features_seconds: float,
+    matrix_rates: Sequence[float],
 ) -> SpeedRow:
     step = median(lane.seconds)
     outside = [1 - inside / whole for inside, whole in zip(lane.encoder_seconds, lane.seconds, strict=True)]
@@ -203,6 +216,10 @@ def _row(
         outside_share=median(outside),
         features_share=features_seconds / step,
         encoder_gmacs_per_second=batch * macs / median(lane.encoder_seconds) / 1e9,
+        matrix_share=median(
+            batch * macs / seconds / 1e9 / rate
+            for seconds, rate in zip(lane.encoder_seconds, matrix_rates, strict=True)
+        ),
     )
 
 
@@ -211,7 +228,7 @@ def _paired(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 @contextmanager
-def _encoder_clock(model: Model, device: str, clock: Callable[[], float]) -> Iterator[list[float]]:
+def _encoder_clock(lanes: Sequence[_Lane], device: str, clock: Callable[[], float]) -> Iterator[list[float]]:
     """Adds up, in the list's only element, the time spent inside the encoder's parts."""
     total, begun = [0.0], [0.0]
 
@@ -226,8 +243,13 @@ def _encoder_clock(model: Model, device: str, clock: Callable[[], float]) -> Ite
     def leave(*_: Any) -> None:
         total[0] += now() - begun[0]
 
+    backends = [lane.engine.backend for lane in lanes]
+    parts: set[torch.nn.Module] = set()  # several engines share most of them
+    for backend in backends:
+        assert isinstance(backend, TorchBackend), "engines are made for a model in torch"
+        parts.update((backend.subsampling, *backend.encoder.segments))
     handles = []
-    for part in (model.encoder.subsampling, *model.encoder.segments):
+    for part in parts:
         handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
     try:
         yield total

@@ -111,6 +111,7 @@ def _searches(arguments: argparse.Namespace) -> int:
         "streams_by_policy": {policy: trial.streams if trial else 0 for policy, trial in found.items()},
         "raw_streams_per_core": raw and raw["streams_per_core"],
         "raw_encoder_gmacs_per_second": raw and raw["encoder_gmacs_per_second"],
+        "raw_matrix_share": raw and raw["matrix_share"],
         "matrix_gmacs_per_second": rate,
         "encoder_bar": ENCODER_BAR,
         "trials": [load.as_json(trial) for trial in trials],
@@ -156,8 +157,11 @@ def _shares(best: Trial | None, raw: dict[str, float] | None, precision: str, ra
         alone = raw["streams_per_core"]
         notes.append(f"{100 * best.streams / alone:.0f} % of the {alone:.0f} that the engine alone does at batch 32")
     if raw:
-        gmacs = raw["encoder_gmacs_per_second"]
-        notes.append(f"encoder alone at batch 32: {gmacs:.0f} billion MACs a second, {100 * gmacs / rate:.0f} % of:")
+        gmacs, share = raw["encoder_gmacs_per_second"], raw["matrix_share"]
+        notes.append(
+            f"encoder alone at batch 32: {gmacs:.0f} billion MACs a second, {100 * share:.0f} % of what a large matrix "
+            "product did in the same turns"
+        )
     notes.append(
         f"matrix %: the encoder's MACs in the processor time of engine steps, against {rate:.0f} billion a second of "
         f"a large {precision} matrix product on that core (bar: {100 * ENCODER_BAR:.0f} %)"

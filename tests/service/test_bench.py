@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import soundfile
 
 from asr_exit.checkpoint import Model
+from asr_exit.conv import ConvSubsampling
 from asr_exit.ctc import FrameScores, GreedyDecoder
 from asr_exit.engine import Engine
+from asr_exit.fused import FusedSubsampling
 from asr_exit.policy import RandomDepth
 from asr_exit.recognizer import Recognizer
 from asr_exit.stream import Fill, StreamOptions
@@ -71,6 +75,23 @@ def test_engine_refuses_nonsense(arguments: list[str], capsys: pytest.CaptureFix
 def test_the_encoder_clock_leaves_nothing_behind(model: Model) -> None:
     speed.measure_speed(model, babble(1.0), batches=[1], chunk_ms=160, seconds=0.1)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.encoder.modules())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_encoder_clock_counts_subsampling(
+    model: Model, precision: Literal["fp32", "bf16"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not kernels do it."""
+    for kind in (ConvSubsampling, FusedSubsampling):
+        plain = kind.forward
+
+        def slow(*arguments: Any, plain: Any = plain) -> Any:
+            time.sleep(0.2)
+            return plain(*arguments)
+
+        monkeypatch.setattr(kind, "forward", slow)
+    rows = speed.measure_speed(model.in_precision(precision), babble(1.0), batches=[1], chunk_ms=160, seconds=0.1)
+    assert max(row.outside_share for row in rows) < 0.5
 
 
 @pytest.mark.parametrize("chunk_ms", ["160", "1280"])
