@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from asr_exit.checkpoint import DTYPES, Model
+from asr_exit.checkpoint import Model
 from asr_exit.engine import Engine
 from asr_exit.policy import Fixed
 from asr_exit.stream import Stream, StreamOptions
@@ -118,7 +118,7 @@ def _measure_batch(
         chunk_samples = config.chunk_frames(chunk_ms) * config.samples_per_frame
         overlap = config.features.window_samples - config.features.hop_samples
         features_seconds, matrix_rates = [], []
-        precision = next(name for name, dtype in DTYPES.items() if dtype == lanes[0].engine.backend.dtype)
+        dtype = model.encoder.subsampling.out.weight.dtype
         for turn in range(-WARM_UP_TURNS, turns):
             for place in range(len(lanes)):
                 lane = lanes[(place + turn) % len(lanes)]  # nobody always comes first
@@ -139,7 +139,7 @@ def _measure_batch(
             lane.engine.backend.log_mel(padded)
             features_seconds.append(clock() - begin)
             if turn >= 0:
-                matrix_rates.append(matrix_rate(precision, device, clock, repeats=3))
+                matrix_rates.append(matrix_rate(dtype, device, clock, repeats=3))
             on_turn()
     frames = config.chunk_frames(chunk_ms)
     full_macs, full = model.macs.full(frames), lanes[-1]
@@ -161,14 +161,14 @@ def _measure_batch(
 
 @torch.inference_mode()
 def matrix_rate(
-    precision: str,
+    dtype: torch.dtype,
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
     repeats: int = 12,
     size: int = 1024,
 ) -> float:
     """Billions of multiply-accumulates a second in a large matrix product: what the encoder is measured against."""
-    left = torch.randn(size, size).to(device, DTYPES[precision])
+    left = torch.randn(size, size).to(device, dtype)
     seconds = []
     for _ in range(repeats):
         begin = clock()

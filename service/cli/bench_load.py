@@ -196,6 +196,7 @@ def _matrix_rate(arguments: argparse.Namespace, on_cores: set[int]) -> tuple[str
     """The precision that is served, and billions of MACs a second of a large matrix product in it on these cores."""
     import torch
 
+    from asr_exit.checkpoint import DTYPES
     from service.bench.served import pin
     from service.bench.speed import matrix_rate
     from service.device import pick_precision
@@ -203,7 +204,7 @@ def _matrix_rate(arguments: argparse.Namespace, on_cores: set[int]) -> tuple[str
     precision = pick_precision(arguments.precision, "cpu")
     torch.set_num_threads(1)
     pin(0, on_cores)
-    return precision, matrix_rate(precision)
+    return precision, matrix_rate(DTYPES[precision])
 
 
 def _raw(arguments: argparse.Namespace, on_cores: set[int]) -> dict[str, float]:
