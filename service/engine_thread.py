@@ -235,14 +235,13 @@ class EngineThread:
                 self._fail(self._feeds[stream], error)
             return
         now, cpu_s = self.clock(), time.thread_time() - cpu_s
-        worst_late_s = 0.0
+        worst_late_s, latencies_s = 0.0, []
         for result in output.results:
             feed = self._feeds[result.stream]
             latency_s, late_s = feed.pace.chunk_done(result.end_ms / 1000, now)
             worst_late_s = max(worst_late_s, late_s)
+            latencies_s.append(latency_s)
             self._events.append(partial(feed.listener.on_result, result, 1000 * latency_s))
-            if self._metrics:
-                self._metrics.chunk(result, latency_s)
             if result.end_of_stream:
                 self._release(feed)
             else:
@@ -252,7 +251,7 @@ class EngineThread:
             log.error("stream failed inside the engine", exc_info=failure, extra={"stream": feed.stream_id})
             self._fail(feed, failure)
         if self._metrics:
-            self._metrics.step(output, worst_late_s, cpu_s)
+            self._metrics.step(output, latencies_s, worst_late_s, cpu_s)
         if self._load:
             ceiling = self._load.after_step(
                 output, 1000 * worst_late_s, ready_streams=len(self._scheduler), free_slots=self._engine.free_slots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter as CountOf
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -72,18 +73,19 @@ class Metrics:
         """A call was not let in."""
         self._refused.labels(reason).inc()
 
-    def chunk(self, result: ChunkResult, latency_s: float) -> None:
-        """One chunk of one stream was recognised."""
-        self._latency.observe(latency_s)
-        self._exit.observe(result.exit_layer)
-        self._by_reason[result.reason].inc()
-        if result.reason is Reason.LOAD:
-            self._shed.inc()
-        self._macs.inc(result.encoder_macs)
-        self._audio.inc(result.chunk_ms / 1000)
+    def step(self, output: StepOutput, latencies_s: Sequence[float], late_s: float, cpu_s: float) -> None:
+        """One engine step is over: its results and how long each took from its chunk's last sample on.
 
-    def step(self, output: StepOutput, late_s: float, cpu_s: float) -> None:
-        """One engine step is over; `late_s` is how far its worst result is behind real-time pace."""
+        `late_s` is how far the worst result is behind real-time pace.
+        """
+        for result, latency_s in zip(output.results, latencies_s, strict=True):
+            self._latency.observe(latency_s)
+            self._exit.observe(result.exit_layer)
+        for reason, count in CountOf(result.reason for result in output.results).items():
+            self._by_reason[reason].inc(count)
+            if reason is Reason.LOAD:
+                self._shed.inc(count)
+        self._macs.inc(sum(result.encoder_macs for result in output.results))
         seconds = output.step_ms / 1000
         self._step.observe(seconds)
         self._step_cpu.inc(cpu_s)
@@ -92,6 +94,7 @@ class Metrics:
         self._batch.observe(len(output.results))
         audio_s = sum(result.chunk_ms for result in output.results) / 1000
         if audio_s:
+            self._audio.inc(audio_s)
             weight = _MEMORY_OF_STEPS if self._usual_factor else 0.0
             self._usual_factor = weight * self._usual_factor + (1 - weight) * seconds / audio_s
             self._factor.set(self._usual_factor)
