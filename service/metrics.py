@@ -13,7 +13,7 @@ from asr_exit.errors import ConfigError
 from asr_exit.policy import Reason
 
 if TYPE_CHECKING:
-    from asr_exit.stream import ChunkResult, StepOutput
+    from asr_exit.stream import StepOutput
     from service.config import MetricsConfig
 
 _LATENCY_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
