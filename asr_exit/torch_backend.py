@@ -188,7 +188,9 @@ class TorchBackend:
         if self.buckets is None or self.device.type != "cpu":
             return
         taken = [slot for slot in (self.acquire() for _ in range(min(most, self.free_slots))) if slot is not None]
-        silence = np.zeros((chunk_frames * self.config.subsampling, self.config.features.num_mels), np.float32)
+        features, length = self.config.features, chunk_frames * self.config.subsampling
+        self.log_mel([np.zeros((length - 1) * features.hop_samples + features.window_samples, np.float32)])
+        silence = np.zeros((length, features.num_mels), np.float32)
         for size in [size for size in self.buckets.sizes if size <= len(taken)]:
             slots, frames = np.array(taken[:size]), np.full(size, chunk_frames)
             states = self.subsample(slots, [silence] * size, frames)

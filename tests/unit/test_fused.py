@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,15 @@ from asr_exit.encoder import Encoder
 from asr_exit.engine import Engine
 from asr_exit.fused import can_fuse, fuse
 from asr_exit.packing import can_pack
+from asr_exit.policy import RandomDepth
 from asr_exit.stream import Fill, StreamOptions
 from asr_exit.torch_backend import TorchBackend
 from tests.conftest import babble, random_model
 
-pytest.importorskip("numba", reason="numba is not installed: there are no kernels to test")
-from asr_exit import kernels
+numba = pytest.importorskip("numba", reason="numba is not installed: there are no kernels to test")
+front_kernels, kernels, machine_code = (
+    pytest.importorskip(f"asr_exit.{name}") for name in ("front_kernels", "kernels", "machine_code")
+)
 
 CHUNK = 8
 
@@ -261,3 +266,50 @@ def test_subsampling_is_that_of_torch(model: Model, monkeypatch: pytest.MonkeyPa
         for mine, other in zip(fused.pool.tails, plain.pool.tails, strict=True):
             mine, other = mine[slots[0]], other[slots[1]]
             assert (mine - other).abs().max() <= 2**-6 * other.abs().max()
+
+
+def test_kernels_are_compiled_where_nothing_can_be_kept_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(**options: Any) -> Any:
+        if options.pop("cache", False):
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba.njit(**options)
+
+    monkeypatch.setattr(machine_code, "numba", SimpleNamespace(njit=read_only))
+
+    def double(x: np.ndarray) -> None:
+        for i in range(len(x)):
+            x[i] *= 2
+
+    numbers = np.arange(3.0)
+    machine_code.compiled(double)(numbers)
+    assert numbers.tolist() == [0.0, 2.0, 4.0]
+    assert double.__qualname__ != "double"  # what is kept elsewhere says which pieces it was made of
+
+
+@pytest.mark.skipif(not can_pack(), reason="this processor does not multiply bf16: nothing is fused")
+def test_warming_up_compiles_all_that_streams_ever_use(model: Model) -> None:
+    """Otherwise a stream would wait for seconds: kernels are compiled for each kind of array they meet."""
+
+    def variants() -> dict[str, int]:
+        found = {**vars(kernels), **vars(front_kernels)}
+        return {name: len(kernel.signatures) for name, kernel in found.items() if hasattr(kernel, "signatures")}
+
+    backend = model.in_precision("bf16").backend(6, "cpu")
+    backend.warm_up(CHUNK, 6)
+    before = variants()
+    assert {"attend", "convolve", "first_stage", "windows", "store", "norm"} <= {
+        name for name, n in before.items() if n
+    }
+    engine = Engine(model.in_precision("bf16"), slots=6, backend=backend)
+    streams = [engine.open(StreamOptions(policy=RandomDepth(seed), fill=fill)) for seed, fill in enumerate([*Fill] * 2)]
+    for segment in backend.pool.segments:  # some have been here for hours
+        segment.clock[:2] = 8 * 4000
+    streams[0].next_frame = streams[1].next_frame = 8 * 4000
+    for seed, stream in enumerate(streams):
+        engine.push(stream, babble(2.0 + seed / 7, seed))
+        engine.finish(stream)
+    results = 0
+    while step := engine.step().results:
+        results += len(step)
+    assert results >= 4 * len(streams)
+    assert variants() == before
