@@ -7,6 +7,7 @@ passes with streaming state run this way; offline passes, gates and other proces
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from asr_exit.conformer import ConformerBlock, LayerState
     from asr_exit.encoder import Encoder, Segment
 
+log = logging.getLogger(__name__)
 _LANES = 16
 
 
@@ -34,8 +36,18 @@ def can_fuse(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> b
     window = config.left_context_frames + config.max_chunk_frames
     head_dim = config.d_model // config.num_heads
     fits = window % _LANES == 0 and head_dim % _LANES == 0
-    there = importlib.util.find_spec("numba") is not None
-    return dtype == torch.bfloat16 and device.type == "cpu" and can_pack() and fits and there
+    return dtype == torch.bfloat16 and device.type == "cpu" and can_pack() and fits and _kernels_work()
+
+
+def _kernels_work() -> bool:
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        importlib.import_module("asr_exit.kernels")
+    except ImportError as error:  # numba refuses a numpy that it does not know
+        log.warning("bf16 runs without compiled kernels, which takes longer: %s", error)
+        return False
+    return True
 
 
 def fuse(encoder: Encoder) -> None:

@@ -195,7 +195,9 @@ def test_hidden_keys_count_for_nothing_however_large() -> None:
 
 
 @pytest.mark.skipif(not can_pack(), reason="this processor does not multiply bf16: nothing is fused")
-def test_a_bf16_engine_on_a_cpu_is_fused_and_others_are_not(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bf16_engine_on_a_cpu_is_fused_and_others_are_not(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def is_fused(precision: str) -> bool:
         backend = Engine(model.in_precision(precision), slots=1).backend
         assert isinstance(backend, TorchBackend)
@@ -207,9 +209,16 @@ def test_a_bf16_engine_on_a_cpu_is_fused_and_others_are_not(model: Model, monkey
     assert not can_fuse(model.config, torch.bfloat16, torch.device("cuda"))
     narrow = random_model(d_model=32, num_heads=4).config  # 8 numbers a head are no vector
     assert not can_fuse(narrow, torch.bfloat16, cpu)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not can_fuse(model.config, torch.bfloat16, cpu)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert not is_fused("bf16")
+
+    def refuse(name: str) -> None:
+        raise ImportError("Numba needs NumPy 2.4 or less")
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
     assert not is_fused("bf16")
+    assert "without compiled kernels" in caplog.text
 
 
 @pytest.mark.skipif(not can_pack(), reason="this processor does not multiply bf16: nothing is fused")
