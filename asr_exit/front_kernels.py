@@ -31,7 +31,10 @@ def first_stage(log_mel, lengths, ends, mean, deviation, slots, first_tail, seco
     for b in range(streams):
         slot, count, end = slots[b], lengths[b], ends[b]
         if slot == len(first_tail) - 1:
-            out[b] = 0
+            for t in range(1 + features // 2):  # loops compile in a fraction of a slice's time
+                for f in range(half):
+                    for c in range(channels):
+                        out[b, t, f, c] = 0
             continue
         tail, line = first_tail[slot], lines[0]
         for f in range(bands):
@@ -47,7 +50,10 @@ def first_stage(log_mel, lengths, ends, mean, deviation, slots, first_tail, seco
         line = lines[end][1:]
         for f in range(bands):
             tail[f] = as_bf16(line[f])
-        out[b, 0] = second_tail[slot]
+        kept = second_tail[slot]
+        for f in range(half):
+            for c in range(channels):
+                out[b, 0, f, c] = kept[f, c]
         for t in range(features // 2):
             above, middle, below = lines[2 * t], lines[2 * t + 1], lines[2 * t + 2]
             for f in range(half):
@@ -60,7 +66,10 @@ def first_stage(log_mel, lengths, ends, mean, deviation, slots, first_tail, seco
                     value += weight[3, c] * b0 + weight[4, c] * b1 + weight[5, c] * b2
                     value += weight[6, c] * c0 + weight[7, c] * c1 + weight[8, c] * c2
                     place[c] = as_bf16(_ZERO if value < _ZERO else value)
-        second_tail[slot] = out[b, end // 2]
+        last = out[b, end // 2]
+        for f in range(half):
+            for c in range(channels):
+                kept[f, c] = last[f, c]
 
 
 @compiled
@@ -83,7 +92,8 @@ def windows(samples, window, hop, preemphasis, out):
             shape = window[1:]
             for n in range(size - 1):
                 rest[n] = (this[n] - preemphasis * before[n] - offset) * shape[n]
-            frame[size:] = _ZERO
+            for n in range(size, len(frame)):
+                frame[n] = _ZERO
 
 
 @compiled

@@ -98,7 +98,9 @@ def convolve(expanded, slots, frames, state, taps, bias, gamma, beta, out):
     for b in range(streams):
         slot, first, real = slots[b], b * chunk, frames[b]
         if slot == len(state) - 1:
-            out[first : first + chunk] = 0
+            for i in range(first, first + chunk):  # loops compile in a fraction of a slice's time
+                for d in range(width):
+                    out[i, d] = 0
             continue
         for j in range(halo):
             for d in range(width):
@@ -224,7 +226,9 @@ def attend(projected, slots, mask, cos, sin, keys, values, out):
     for b in range(streams):
         slot, first = slots[b], b * chunk
         if slot == len(keys) - 1:
-            out[first : first + chunk] = 0
+            for i in range(first, first + chunk):  # loops compile in a fraction of a slice's time
+                for d in range(width):
+                    out[i, d] = 0
             continue
         for w in range(window):
             hidden[w] = as_fp32(mask[b, w])
