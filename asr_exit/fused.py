@@ -83,7 +83,7 @@ class _FusedBlock:
 
 
 class FusedSubsampling(nn.Module):
-    """`Encoder.normalise` and `ConvSubsampling` for streams: the first stage, half of the work, by a kernel."""
+    """`Encoder.normalise` and `ConvSubsampling` for streams, the first stage by a kernel."""
 
     def __init__(self, encoder: Encoder, pool: CachePool) -> None:
         """`pool`'s tails must lie channels last."""
@@ -151,12 +151,12 @@ class _FusedSegment:
         )
         assert context.mask is not None, "streams have a mask"
         mask = as_bits(context.mask[:, 0, 0])
+        slots, cells, frames = cast(LayerView, states[0]).index.on_host(shape[1])  # all layers of a segment share it
         first = self._blocks[0].norms[0]
         kernels.norm(given, first.gamma, first.beta, y)
         for index, (block, state) in enumerate(zip(self._blocks, states, strict=True)):
-            layer, view = block.block, cast(LayerView, state)
-            keys, values, conv = view.cache.bits
-            slots, cells, frames = view.index.on_host(shape[1])
+            layer = block.block
+            keys, values, conv = cast(LayerView, state).cache.bits
             _, before_attention, before_conv, before_last = block.norms
             branch = layer.ff_in.down(layer.ff_in.expand(normed))
             kernels.add_norm(given, as_bits(branch), half, before_attention.gamma, before_attention.beta, sums, y)
@@ -190,12 +190,13 @@ class _FusedSegment:
         assert last is not None, "skipped frames come in a row"
         given, normed = as_bits(x[0]), torch.empty_like(x[0])
         cos, sin = (as_bits(part.reshape(len(given), -1)) for part in (context.cos, context.sin))
+        _, cells, _ = cast(LayerView, states[0]).index.on_host(1)
         for block, state in zip(self._blocks, states, strict=True):
-            view, norm = cast(LayerView, state), block.norms[1]
-            keys, values, _ = view.cache.bits
+            norm = block.norms[1]
+            keys, values, _ = cast(LayerView, state).cache.bits
             self._kernels.norm(given, norm.gamma, norm.beta, as_bits(normed))
             projected = as_bits(block.block.attention.keys_values(normed))
-            self._kernels.store(projected, view.index.on_host(1)[1], cos, sin, keys, values)
+            self._kernels.store(projected, cells, cos, sin, keys, values)
             state.set_conv(block.block.conv.gated(block.block.conv_norm(last)))
 
 

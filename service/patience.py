@@ -22,6 +22,7 @@ class Patience:
     def __enter__(self) -> None:
         self._task = asyncio.current_task(self._loop)
         assert self._task is not None, "only a task can be ended"
+        self._cancelling = self._task.cancelling()
         self._deadline = self._now() + self._seconds
         if self._timer is None:
             self._timer = self._loop.call_at(self._deadline, self._ring)
@@ -50,5 +51,5 @@ class Patience:
         if self._now() < self._deadline:
             self._timer = self._loop.call_at(self._deadline, self._ring)
         else:
-            self._expired, self._cancelling = True, self._task.cancelling()
+            self._expired = True
             self._task.cancel()

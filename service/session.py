@@ -92,9 +92,9 @@ class Session:
 
         A call instead of three coroutines: a busy server does this a thousand times a second.
         """
-        if self._unpacker is not None or len(data) > self._slice_bytes or self._ended or self._full:
+        if self._unpacker is not None or not 0 < len(data) <= self._slice_bytes or self._ended or self._full:
             return False
-        self._heard_nothing = self._heard_nothing and not data
+        self._heard_nothing = False
         self._submit_audio(data, self._engine.clock())
         return True
 

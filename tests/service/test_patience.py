@@ -46,3 +46,21 @@ async def test_cancellation_from_outside_stays_what_it_is() -> None:
 async def test_errors_pass_through() -> None:
     with pytest.raises(ValueError, match="other"), Patience(5.0):
         raise ValueError("other")
+
+
+async def test_cancellation_from_outside_wins_over_a_limit_reached_before_it_is_delivered() -> None:
+    async def wait() -> None:
+        patience = Patience(5.0)
+        patiences.append(patience)
+        with patience:
+            await asyncio.sleep(5)
+
+    patiences: list[Patience] = []
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0.01)
+    patiences[0]._deadline = 0.0
+    task.cancel()
+    patiences[0]._ring()  # in the same turn of the loop
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    patiences[0].close()
