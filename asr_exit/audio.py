@@ -184,7 +184,7 @@ class SampleDecoder:
         self._rest = data[count * self._dtype.itemsize :]
         samples = np.frombuffer(data, dtype=self._dtype, count=count)
         if self.encoding == "linear16":
-            decoded = samples.astype(np.float32) / np.float32(32768.0)
+            decoded = samples * np.float32(1 / 32768)
         elif self.encoding == "float32":
             decoded = samples.astype(np.float32)
             check_samples(decoded, self._num_samples)

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, cast
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 Event = Callable[[], None]
 _TIDY_AFTER_S = 0.2
 _PUT_BY_S = 0.5  # audio that completes no chunk lies around undecoded for so long, at most twice that
+_MOST_PUT_BY = 16  # messages of a stream
 
 
 class EngineThread:
@@ -92,18 +93,21 @@ class EngineThread:
     def submit(self, feed: Feed, command: Command, *, wake: bool = True) -> None:
         """Queues a command; callable from any thread. After `stop` it does nothing.
 
-        Without `wake` it may wait for a second, until there is more to do: for audio that completes no chunk. A chunk
-        that comes in several messages is so decoded in one go.
+        Without `wake` it may wait for a second, until there is more to do: for audio that completes no chunk. So may
+        all audio of a stream whose chunk before has not been answered. What makes up a chunk is so decoded in one go.
         """
         with self._lock:
             if self._stopping:
                 return
-            feed.commands.append(command)
-            if wake:
+            waiting = feed.commands
+            waiting.append(command)
+            wake = wake and not (feed.served and isinstance(command, Audio))
+            if wake or len(waiting) >= _MOST_PUT_BY:
                 self._call(feed)
                 self._wake.notify()
-            elif len(feed.commands) == 1:
-                self._put_by.append((self.clock() + _PUT_BY_S, feed))
+            elif len(waiting) == 1:
+                feed.put_by_until = self.clock() + _PUT_BY_S
+                self._put_by.append((feed.put_by_until, feed))
 
     def _call(self, feed: Feed) -> None:
         """The commands of `feed` are to be carried out now. Needs the lock."""
@@ -115,7 +119,9 @@ class EngineThread:
         """As `_call` for all that have been put by for long enough. Needs the lock."""
         now = self.clock()
         while self._put_by and self._put_by[0][0] <= now:
-            self._call(self._put_by.popleft()[1])
+            until, feed = self._put_by.popleft()
+            if until == feed.put_by_until:  # or what was put by then is done with, and what came later has time
+                self._call(feed)
 
     def _run(self) -> None:
         try:
@@ -184,14 +190,28 @@ class EngineThread:
                         self._apply(feed, command)
             except Exception as error:
                 self._fail(feed, error)
-        self._offer(feed)
+        if self._offer(feed):
+            feed.served = True
         self._events.append(partial(feed.listener.on_consumed, len(commands)))
 
-    def _offer(self, feed: Feed) -> None:
-        """Hand the stream to the scheduler if it has a whole chunk."""
+    def _offer(self, feed: Feed) -> bool:
+        """Hand the stream to the scheduler if it has a whole chunk; returns whether it had one."""
         stream = feed.stream
-        if stream is not None and not feed.closed and self._engine.is_ready(stream):
-            self._scheduler.offer(stream, feed.pace.next_due(feed.options.chunk_ms / 1000))
+        if stream is None or feed.closed or not self._engine.is_ready(stream):
+            return False
+        self._scheduler.offer(stream, feed.pace.next_due(feed.options.chunk_ms / 1000))
+        return True
+
+    def _look_at_put_by(self, feeds: Iterable[Feed]) -> None:
+        """Their chunks have been answered, and the next ones are not complete: are they, with what was put by?"""
+        with self._lock:
+            for feed in feeds:
+                feed.served = False
+                if feed.commands:
+                    queued_bytes = sum(len(command.data) for command in feed.commands if isinstance(command, Audio))
+                    queued_s = queued_bytes / feed.input.bytes_per_second
+                    if feed.pace.pending_s + queued_s >= feed.options.chunk_ms / 1000:
+                        self._call(feed)
 
     def _apply(self, feed: Feed, command: Command) -> None:
         if isinstance(command, Close):
@@ -244,12 +264,12 @@ class EngineThread:
             self._events.append(partial(feed.listener.on_result, result, 1000 * latency_s))
             if result.end_of_stream:
                 self._release(feed)
-            else:
-                self._offer(feed)
         for stream, failure in output.failures:
             feed = self._feeds[stream]
             log.error("stream failed inside the engine", exc_info=failure, extra={"stream": feed.stream_id})
             self._fail(feed, failure)
+        going_on = [self._feeds[stream] for stream in streams if stream in self._feeds]
+        self._look_at_put_by([feed for feed in going_on if not self._offer(feed)])
         if self._metrics:
             self._metrics.step(output, latencies_s, worst_late_s, cpu_s)
         if self._load:

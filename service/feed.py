@@ -86,9 +86,9 @@ NOBODY: Listener = _Nobody()  # listens to the streams whose sessions are closed
 
 
 class Feed:
-    """Belongs to the engine thread, except `commands` and `called`, which its lock guards, and what is set elsewhere:
+    """Belongs to the engine thread, but for what its lock guards: `commands`, `called`, `put_by_until` and `served`.
 
-    `abandoned` and `listener`, by the event loop.
+    `abandoned` and `listener` are set by the event loop.
     """
 
     def __init__(self, options: StreamOptions, audio: AudioFormat, listener: Listener) -> None:
@@ -99,6 +99,8 @@ class Feed:
         self.listener: Listener = listener
         self.commands: list[Command] = []
         self.called = False  # they are to be carried out in the next round
+        self.put_by_until = 0.0  # what waits in `commands`, if nothing calls it before
+        self.served = False  # a chunk of it waits for a step or is in one: audio that follows is put by till then
         self.abandoned = False  # set by the event loop: do not spend time on audio that is still queued
         self.stream: Stream | None = None
         self.closed = False
@@ -122,6 +124,11 @@ class Pace:
         self._position += audio_s
         self._last_arrival = now
         self._arrivals.append((self._position, now))
+
+    @property
+    def pending_s(self) -> float:
+        """Audio that has arrived since the last chunk ended."""
+        return self._position - self._last_chunk_end
 
     def next_due(self, chunk_s: float) -> float:
         """When the answer to the next chunk is due; `chunk_s` is its length. Oldest audio has the earliest."""

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _SLICE_S = 0.5  # audio handed to the engine thread at once, so that a large message does not hold up other streams
 _PACKED_SLICE_BYTES = 4096  # of a container, unpacked at once
 _MAX_QUEUED_COMMANDS = 64
-_WAKE_COMMANDS = 16
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,7 @@ class Session:
                 f"more than {self._limits.stream_s:g} s of audio: open a new stream for the rest",
             )
         # whether the engine thread could do more with what has arrived than put it by
-        wake = received_s - self._processed_s >= self._chunk_s or self._queued_commands >= _WAKE_COMMANDS
-        self._submit(Audio(data, arrived_at), wake=wake)
+        self._submit(Audio(data, arrived_at), wake=received_s - self._processed_s >= self._chunk_s)
 
     async def flush(self) -> None:
         """Ends the utterance with what has arrived; a final result follows, even without words."""
