@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from asr_exit.machine_code import as_bf16, as_fp32, compiled
+from asr_exit.machine_code import as_bf16, as_fp32, compiled, wide
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -25,6 +25,7 @@ def first_stage(log_mel, lengths, ends, mean, deviation, slots, first_tail, seco
         weight: (9, C) fp32, time before frequency. bias: (C,) fp32.
         out: (B, 1 + F / 2, bands / 2, C) bf16; the frame of the chunk before comes first.
     """
+    wide()
     streams, features, bands = log_mel.shape
     channels, half = out.shape[3], out.shape[2]
     lines = np.zeros((1 + features, bands + 2), np.float32)
@@ -79,6 +80,7 @@ def windows(samples, window, hop, preemphasis, out):
     Args:
         samples: (B, N) fp32. window: (W,) fp32. out: (B, T, at least W) fp32; what is behind W is set to 0.
     """
+    wide()
     size, keep = len(window), _ONE - preemphasis
     for b in range(len(samples)):
         for t in range(out.shape[1]):
@@ -99,6 +101,7 @@ def windows(samples, window, hop, preemphasis, out):
 @compiled
 def power(spectrum, out):
     """Squared magnitudes: (N, 2 * K) fp32, real and imaginary parts in turn -> (N, K)."""
+    wide()
     for i in range(len(out)):
         given, place = spectrum[i], out[i]
         for k in range(len(place)):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from asr_exit.machine_code import as_bf16, as_fp32, compiled, exp, product, sigmoid
+from asr_exit.machine_code import as_bf16, as_fp32, compiled, exp, product, sigmoid, wide
 
 _EPS = np.float32(1e-5)  # of torch's LayerNorm
 _RMS_EPS = np.float32(1e-6)
@@ -50,6 +50,7 @@ def _clear(out, first, count):
 @compiled
 def norm(x, gamma, beta, out):
     """LayerNorm of x (N, D) bf16 into `out`; gamma and beta (D,) fp32."""
+    wide()
     count, width = x.shape
     row = np.empty(width, np.float32)
     for i in range(count):
@@ -63,6 +64,7 @@ def norm(x, gamma, beta, out):
 @compiled
 def add_norm(x, branch, weight, gamma, beta, total, out):
     """`total` = x + weight * branch, `out` = LayerNorm of that; all (N, D) bf16, `total` may be x."""
+    wide()
     count, width = x.shape
     row = np.empty(width, np.float32)
     for i in range(count):
@@ -78,6 +80,7 @@ def add_norm(x, branch, weight, gamma, beta, total, out):
 @compiled
 def add_rms_norm(x, branch, gain, out):
     """`out` = (x + branch) of unit root mean square, times `gain`; all (N, D) bf16, `out` may be x."""
+    wide()
     count, width = x.shape
     row = np.empty(width, np.float32)
     for i in range(count):
@@ -100,6 +103,7 @@ def convolve(expanded, slots, frames, state, taps, bias, gamma, beta, out):
         frames: (B,) real frames of each row; what follows them is padding. state: (S, h, D) bf16, brought up to date.
         taps: (K, D) fp32, bias, gamma, beta: (D,) fp32.
     """
+    wide()
     streams, (count, width) = len(slots), out.shape
     chunk, halo = count // streams, state.shape[1]
     gated = np.zeros((halo + chunk + halo, width), np.float32)
@@ -181,6 +185,7 @@ def store(projected, cells, cos, sin, keys, values):
         cells: (N,) ring cells, slot * W + cell. cos, sin: (N, E / 2) bf16.
         keys: (S, H, E, W) bf16, so that queries meet 16 keys at once. values: (S, W, H, E) bf16.
     """
+    wide()
     heads, head_dim, window = keys.shape[1:]
     half, width, count = head_dim // 2, heads * head_dim, len(cells)
     first_key = projected.shape[1] - 2 * width
@@ -224,6 +229,7 @@ def attend(projected, slots, mask, cos, sin, keys, values, out):
         projected: (N, 3 * D) bf16; queries are its first D columns. slots: (B,); rows of the last, nobody's, get zeros.
         mask: (B, W) bf16, added to the scores. cos, sin, keys, values: as for `store`. out: (N, D) bf16.
     """
+    wide()
     streams, heads, head_dim, window = len(slots), *keys.shape[1:]
     chunk, half, width = len(out) // streams, head_dim // 2, heads * head_dim
     scores, queries = np.empty((_ROWS, window), np.float32), np.zeros((_ROWS, head_dim), np.float32)

@@ -41,6 +41,21 @@ def compiled(function: Callable[..., None]) -> Any:
 
 
 @intrinsic
+def wide(context):
+    """In a kernel's first line: its loops use the widest vectors there are. LLVM shuns those of 512 bits by default.
+
+    It does so for the sake of programs that use them now and then, at the price of a slower clock; the products between
+    two kernels pay that anyway.
+    """
+
+    def code(_: Any, build: Any, signature: Any, args: Sequence[Any]) -> Any:
+        set.add(build.function.attributes, '"prefer-vector-width"="512"')  # llvmlite does not list it
+        return _INT(0)
+
+    return types.int32(), code
+
+
+@intrinsic
 def as_fp32(context, number):
     """A bf16 number, given as uint16."""
 

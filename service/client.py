@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal
+from typing import Literal, cast
 
 import grpc
 
-from asr_exit.audio import Encoding
+from asr_exit.audio import MODEL_RATE_HZ, Encoding, bytes_per_second
 from asr_exit.budget import Budget
 from service.client_status import ServersEnd, ServiceError, service_error
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
 from service.results import Caption, CaptionWord, ChunkDepth
 from service.tls import channel_credentials
+from service.whole_chunks import Collector
 
 __all__ = ["Access", "AsyncSpeechClient", "Caption", "Flush", "Part", "ServiceError", "SpeechClient", "StreamSettings"]
 
@@ -57,6 +58,18 @@ class StreamSettings:
     phrases: tuple[str, ...] = ()  # likely to be said
     boost: float = 0.0  # of the phrases
     endpoint_silence_ms: int | None = None  # that ends an utterance; 0: none does
+    whole_chunks: bool = True  # raw audio at 16 kHz is sent a chunk at a time, if `chunk_ms` is set: see `Collector`
+
+    def collector(self) -> Collector | None:
+        """What collects the audio of a stream; None: it is sent as it comes.
+
+        At other rates a chunk ends some samples after its last one, those that the server's resampler looks ahead.
+        """
+        raw = self.encoding not in ("flac", "ogg_opus", "any")
+        if not (self.whole_chunks and raw and self.rate_hz == MODEL_RATE_HZ and self.chunk_ms > 0):
+            return None
+        rate = bytes_per_second(cast("Encoding", self.encoding), self.rate_hz, self.channels or 1)
+        return Collector(rate * self.chunk_ms // 1000)
 
     def message(self) -> pb.StreamingRecognizeRequest:
         """The first message of a stream."""
@@ -142,13 +155,17 @@ class SpeechClient:
         iteration early cancels the call.
         """
         failures: list[BaseException] = []
-        first = (settings or StreamSettings()).message()
+        settings = settings or StreamSettings()
 
         def requests() -> Iterator[pb.StreamingRecognizeRequest]:
-            yield first
+            yield settings.message()
+            collector = settings.collector()
             try:
                 for part in audio:
-                    yield part_message(part)
+                    for message in (part,) if collector is None else collector.add(part):
+                        yield part_message(message)
+                for message in () if collector is None else collector.rest():
+                    yield part_message(message)
             except GeneratorExit:  # the call has ended: not a failure of `audio`
                 raise
             except BaseException as error:
@@ -197,12 +214,16 @@ class AsyncSpeechClient:
         self, audio: AsyncIterable[Part], settings: StreamSettings | None = None
     ) -> AsyncIterator[Caption]:
         """Sends `audio` and yields captions as they come; raises ServiceError when the server ends the call."""
-        first = (settings or StreamSettings()).message()
+        settings = settings or StreamSettings()
 
         async def requests() -> AsyncIterator[pb.StreamingRecognizeRequest]:
-            yield first
+            yield settings.message()
+            collector = settings.collector()
             async for part in audio:
-                yield part_message(part)
+                for message in (part,) if collector is None else collector.add(part):
+                    yield part_message(message)
+            for message in () if collector is None else collector.rest():
+                yield part_message(message)
 
         call = self._stub.StreamingRecognize(requests(), metadata=self._metadata)
         end = ServersEnd(call)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from service.config import LimitsConfig
     from service.engine_thread import EngineThread
 
-_SLICE_S = 0.5  # audio handed to the engine thread at once, so that a large message does not hold up other streams
+_SLICE_S = 1.0  # audio handed to the engine thread at once, so that a large message does not hold up other streams
 _PACKED_SLICE_BYTES = 4096  # of a container, unpacked at once
 _MAX_QUEUED_COMMANDS = 64
 

@@ -32,7 +32,9 @@ def add_load(kinds: Any) -> argparse.ArgumentParser:
     load.add_argument("--trials", type=int, default=8, metavar="N", help="at most, of each policy (default: 8)")
     load.add_argument("--seconds", type=float, default=30, metavar="N", help="measured in each trial (default: 30)")
     load.add_argument("--warm-up", type=float, default=8, metavar="N", help="seconds before that (default: 8)")
-    load.add_argument("--message-ms", type=int, default=160, metavar="N", help="audio per message (default: 160)")
+    load.add_argument(
+        "--message-ms", type=int, metavar="N", help="audio per message (default: a chunk, as the clients here send it)"
+    )
     load.add_argument("--raw", action="store_true", help="first time the engine alone on that core, batch 32")
     load.add_argument("--plot", metavar="FILE", help="latency over streams as an image (needs matplotlib)")
     load.add_argument(
@@ -81,14 +83,14 @@ def _searches(arguments: argparse.Namespace) -> int:
                 streams=streams,
                 warm_up_s=arguments.warm_up,
                 seconds=arguments.seconds,
-                message_ms=arguments.message_ms,
+                message_ms=arguments.message_ms or arguments.chunk_ms,
             )
             p99 = trial.chunk_latency_ms[-1] if trial.chunk_latency_ms else float("nan")
             print(f"{streams} streams: p99 {p99:.0f} ms, {100 * trial.cpu_share:.0f} % of a core", file=sys.stderr)
             return trial
 
         for policy in policies:
-            settings = StreamSettings(chunk_ms=arguments.chunk_ms, policy=policy)
+            settings = StreamSettings(chunk_ms=arguments.chunk_ms, policy=policy, whole_chunks=False)
             if arguments.streams:
                 ours = [run(arguments.streams)]
             else:
@@ -104,7 +106,7 @@ def _searches(arguments: argparse.Namespace) -> int:
         "latency_bar_ms": latency_ms,
         "policy": arguments.policy or "the server's",
         "precision": precision,
-        "message_ms": arguments.message_ms,
+        "message_ms": arguments.message_ms or arguments.chunk_ms,
         "shedding": not arguments.no_shedding,
         "pinned": bool(server_cores),
         "streams": best.streams if best else 0,
@@ -243,11 +245,11 @@ def _overload(arguments: argparse.Namespace) -> int:
         report: OverloadReport = overload.measure_overload(
             server,
             said,
-            StreamSettings(chunk_ms=arguments.chunk_ms, policy=arguments.policy or "full"),
+            StreamSettings(chunk_ms=arguments.chunk_ms, policy=arguments.policy or "full", whole_chunks=False),
             capacity=arguments.overload,
             warm_up_s=arguments.warm_up,
             seconds=arguments.seconds,
-            message_ms=arguments.message_ms,
+            message_ms=arguments.message_ms or arguments.chunk_ms,
         )
     holds = report.holds(latency_ms)
     values = {"latency_bar_ms": latency_ms, "policy": arguments.policy or "full"} | asdict(report)

@@ -82,7 +82,7 @@ def _soak(arguments: argparse.Namespace) -> int:
     require(arguments.streams > 0, f"--streams {arguments.streams} must be more than 0")
     server_cores, generator_cores = (set(), set()) if arguments.no_pin else cores()
     line, toml = serve_arguments(arguments, arguments.streams)
-    settings = StreamSettings(chunk_ms=arguments.chunk_ms, policy=arguments.policy)
+    settings = StreamSettings(chunk_ms=arguments.chunk_ms, policy=arguments.policy, whole_chunks=False)
     said = speeches(arguments)
     pin(0, generator_cores)
     with serving(line, toml, server_cores) as server:

@@ -11,7 +11,7 @@ import numpy as np
 
 from asr_exit.errors import AudioError
 
-MESSAGE_S = 0.1  # audio in one message
+MESSAGE_S = 0.08  # audio in one part: whole chunks are made of such
 
 
 def file_parts(path: str) -> tuple[list[bytes], int]:

@@ -96,7 +96,7 @@ def _on_server(arguments: argparse.Namespace) -> Iterator[tuple[Listen, Sequence
         settings = StreamSettings(
             rate_hz=rate_hz,
             word_times=arguments.json,
-            chunk_ms=arguments.chunk_ms or 0,
+            chunk_ms=arguments.chunk_ms or model.default_chunk_ms,
             policy=arguments.policy,
             fill=arguments.fill,
             budget=budget,
@@ -105,7 +105,8 @@ def _on_server(arguments: argparse.Namespace) -> Iterator[tuple[Listen, Sequence
         return client.stream(parts, settings)
 
     with SpeechClient(arguments.server, access(arguments)) as client:
-        exits = client.model().exits
+        model = client.model()
+        exits = model.exits
         yield listen, [item.layer for item in exits], exits[-1].encoder_macs_per_second
 
 
