@@ -20,7 +20,7 @@ import grpc
 
 from asr_exit.scheduler import Batching, Scheduler
 from service.errors import StreamError
-from service.feed import Audio, Close, Command, Feed, Finish, Flush, Open, SetBudget
+from service.feed import SLACK_S, Audio, Close, Command, Feed, Finish, Flush, Open, SetBudget
 
 if TYPE_CHECKING:
     from asr_exit.engine import Engine
@@ -210,7 +210,7 @@ class EngineThread:
                 if feed.commands:
                     queued_bytes = sum(len(command.data) for command in feed.commands if isinstance(command, Audio))
                     queued_s = queued_bytes / feed.input.bytes_per_second
-                    if feed.pace.pending_s + queued_s >= feed.options.chunk_ms / 1000:
+                    if feed.pace.pending_s + queued_s >= feed.options.chunk_ms / 1000 - SLACK_S:
                         self._call(feed)
 
     def _apply(self, feed: Feed, command: Command) -> None:

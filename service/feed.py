@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from asr_exit.stream import ChunkResult, Stream, StreamOptions
 
 
+SLACK_S = 1e-4  # in comparisons of positions: seconds are rounded, and so does the resampler
+
+
 @dataclass(frozen=True, slots=True)
 class Open:
     """Take a slot."""
@@ -149,5 +152,4 @@ class Pace:
         return max(0.0, now - arrival), max(0.0, now - due)
 
     def _arrival_of(self, position_s: float) -> float:
-        slack = 1e-4  # the resampler rounds
-        return next((when for reached, when in self._arrivals if reached + slack >= position_s), self._last_arrival)
+        return next((when for reached, when in self._arrivals if reached + SLACK_S >= position_s), self._last_arrival)

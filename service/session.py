@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from service.errors import StreamError, invalid, to_stream_error
-from service.feed import NOBODY, Audio, Close, Command, Feed, Finish, Flush, Open, SetBudget
+from service.feed import NOBODY, SLACK_S, Audio, Close, Command, Feed, Finish, Flush, Open, SetBudget
 from service.outbox import Outbox, Update
 from service.unpack import Unpacker
 
@@ -70,7 +70,7 @@ class Session:
         self._received_bytes = 0  # of samples, on their way to the engine
         self._bytes_per_second = self._feed.input.bytes_per_second
         self._slice_bytes = min(int(_SLICE_S * self._bytes_per_second), limits.message_bytes)
-        self._chunk_s = request.options.chunk_ms / 1000
+        self._least_s = request.options.chunk_ms / 1000 - SLACK_S  # of audio that may be worth a look
         self._heard_nothing = True
         self._processed_s = 0.0
         self._ended = False
@@ -146,7 +146,7 @@ class Session:
                 f"more than {self._limits.stream_s:g} s of audio: open a new stream for the rest",
             )
         # whether the engine thread could do more with what has arrived than put it by
-        self._submit(Audio(data, arrived_at), wake=received_s - self._processed_s >= self._chunk_s)
+        self._submit(Audio(data, arrived_at), wake=received_s - self._processed_s >= self._least_s)
 
     async def flush(self) -> None:
         """Ends the utterance with what has arrived; a final result follows, even without words."""

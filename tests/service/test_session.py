@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -11,6 +12,7 @@ import pytest
 
 from asr_exit.budget import Budget
 from asr_exit.errors import AudioError, EngineError
+from asr_exit.scheduler import Batching
 from asr_exit.stream import StreamOptions
 from service.audio_input import AudioFormat
 from service.config import LimitsConfig
@@ -25,8 +27,8 @@ SECOND = bytes(32_000)
 
 
 @asynccontextmanager
-async def running(engine: FakeEngine) -> AsyncIterator[EngineThread]:
-    thread = EngineThread(engine, poster(asyncio.get_running_loop()))  # type: ignore[arg-type]
+async def running(engine: FakeEngine, batching: Batching | None = None) -> AsyncIterator[EngineThread]:
+    thread = EngineThread(engine, poster(asyncio.get_running_loop()), batching=batching)  # type: ignore[arg-type]
     thread.start()
     try:
         yield thread
@@ -62,6 +64,11 @@ async def until(condition, timeout_s: float = 2.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.002)
+
+
+async def receive(session: Session) -> list[int]:
+    update = await asyncio.wait_for(session.receive(), 5.0)
+    return chunk_indices([] if update is None else [update])
 
 
 def chunk_indices(updates: list[Update]) -> list[int]:
@@ -117,6 +124,88 @@ async def test_a_chunk_in_many_messages_is_decoded_at_once_and_less_than_one_wit
         await session.send_audio(bytes(5_120))
         await until(lambda: len(pushed) == 2)
         assert pushed[1] == 2_560
+        session.close()
+
+
+async def test_a_chunk_in_one_message_is_computed_when_it_comes() -> None:
+    """However its end is rounded: 1.92 - 1.28 is less than 0.64."""
+    async with running(FakeEngine()) as thread:
+        session = await opened(thread)
+        for index in range(40):
+            await session.send_audio(bytes(20_480))
+            update = await asyncio.wait_for(session.receive(), 0.3)
+            assert update is not None
+            assert chunk_indices([update]) == [index]
+        session.close()
+
+
+async def test_what_was_put_by_does_not_call_for_what_came_after_it() -> None:
+    engine = FakeEngine()
+    pushed: list[int] = []
+    push = engine.push
+    engine.push = lambda stream, samples: (pushed.append(len(samples)), push(stream, samples))[1]  # type: ignore
+    async with running(engine) as thread:
+        session = await opened(thread)
+        for _ in range(4):
+            await session.send_audio(bytes(5_120))
+        await until(lambda: pushed == [10_240])
+        await asyncio.sleep(0.4)
+        await session.send_audio(bytes(5_120))
+        await asyncio.sleep(0.3)  # what began to wait 0.7 s ago has been decoded since
+        assert pushed == [10_240]
+        await until(lambda: pushed == [10_240, 2_560])
+        session.close()
+
+
+async def test_audio_behind_a_chunk_without_an_answer_waits_for_the_answer() -> None:
+    engine, steps = FakeEngine(), threading.Semaphore(0)
+    pushed: list[tuple[int, int]] = []
+    push, step = engine.push, engine.step
+    engine.push = lambda stream, samples: (pushed.append((stream.number, len(samples))), push(stream, samples))[1]  # type: ignore
+    engine.step = lambda streams: (steps.acquire(), step(streams))[1]  # type: ignore
+    chunk = bytes(20_480)
+    async with running(engine, Batching(max_batch=1, max_wait_ms=0)) as thread:
+        first, second, third = [await opened(thread) for _ in range(3)]
+        await first.send_audio(chunk)
+        await until(lambda: pushed == [(0, 10_240)])
+        await second.send_audio(chunk)  # while the first one's step is under way
+        await third.send_audio(chunk)
+        steps.release()
+        await until(lambda: len(pushed) == 3)  # the second one's step is under way, the third waits for its own
+        for _ in range(2):
+            await third.send_audio(bytes(5_120))
+        steps.release(2)
+        assert [await receive(session) for session in (first, second, third)] == [[0], [0], [0]]
+        assert pushed == [(0, 10_240), (1, 10_240), (2, 10_240)]
+        for _ in range(3):
+            await third.send_audio(bytes(5_120))
+        steps.release()
+        assert await receive(third) == [1]
+        assert sum(size for number, size in pushed if number == 2) in (20_480, 23_040)
+        assert len(pushed) <= 5
+        steps.release(9)
+        for session in (first, second, third):
+            session.close()
+
+
+async def test_a_chunk_that_came_while_the_one_before_was_computed_follows_at_once() -> None:
+    engine, steps = FakeEngine(), threading.Semaphore(0)
+    step = engine.step
+    engine.step = lambda streams: (steps.acquire(), step(streams))[1]  # type: ignore
+    async with running(engine) as thread:
+        session = await opened(thread)
+        await session.send_audio(bytes(20_480))
+        await asyncio.sleep(0.05)  # its step is under way
+        for _ in range(5):
+            await session.send_audio(bytes(5_120))
+        steps.release(2)
+        begin = asyncio.get_running_loop().time()
+        answered = await receive(session)
+        while len(answered) < 2:
+            answered += await receive(session)
+        assert answered == [0, 1]
+        assert asyncio.get_running_loop().time() - begin < 0.3  # not only when it has been put by for long enough
+        steps.release(9)
         session.close()
 
 
