@@ -19,7 +19,11 @@ from asr_exit.ctc import BLANK, FrameScores
 from asr_exit.policy import Evidence
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+    Measure = Callable[[Tensor, Tensor | None, Tensor, bool], list[np.ndarray]]
 
 AGREEMENT = 5  # its place in `Evidence.numbers`
 NUM_COLUMNS = 6  # numbers per chunk that `summarise` leaves for `unpack`
@@ -54,6 +58,7 @@ def score(
     want_log_probs: bool,
     want_evidence: bool = True,
     frames: np.ndarray | None = None,
+    measure: Measure | None = None,
 ) -> list[ExitScores]:
     """Per-stream scores and, if wanted, evidence of a batch; one transfer to the host.
 
@@ -66,19 +71,12 @@ def score(
         want_log_probs: also bring (L, V) log-posteriors to the host (beam search needs them).
         want_evidence: a policy will look at it. False saves most of this function's time; evidence is then `UNJUDGED`.
         frames: (B,) real frames of each stream, the most of which is T; None = all T.
+        measure: another way to do the arithmetic of frames, for where no log-posteriors are wanted; None = torch.
     """
-    import torch
-
-    log_probs = logits.float().log_softmax(dim=-1)
-    top, ids = _best(log_probs)
-    columns = [top, ids]
-    if want_evidence:
-        columns.append(torch.linalg.vecdot(log_probs.exp(), log_probs))
-        if before is not None:
-            states = before.float(), after.float()
-            columns += [torch.linalg.vecdot(*states), *(torch.linalg.vector_norm(x, dim=-1) for x in states)]
-    columns += [log_probs] if want_log_probs else []
-    found = _to_host(columns)
+    if measure is None or want_log_probs:
+        found = _measured(logits, before, after, want_log_probs, want_evidence)
+    else:
+        found = measure(logits, before, after, want_evidence)
     judge = partial(_judge, vocab=logits.shape[-1], want_log_probs=want_log_probs, want_evidence=want_evidence)
     lengths = set() if frames is None else set(frames.tolist())
     if frames is None or len(lengths) < 2:
@@ -93,6 +91,25 @@ def score(
         )
         scores.update(zip(rows.tolist(), ours, strict=True))
     return [scores[row] for row in range(len(scores))]
+
+
+def _measured(
+    logits: Tensor, before: Tensor | None, after: Tensor, want_log_probs: bool, want_evidence: bool
+) -> list[np.ndarray]:
+    """Per frame: log posterior of the best label, that label, and as far as wanted: the sum of posterior times log
+    posterior, scalar product and norms of the states, all log posteriors."""
+    import torch
+
+    log_probs = logits.float().log_softmax(dim=-1)
+    top, ids = _best(log_probs)
+    columns = [top, ids]
+    if want_evidence:
+        columns.append(torch.linalg.vecdot(log_probs.exp(), log_probs))
+        if before is not None:
+            states = before.float(), after.float()
+            columns += [torch.linalg.vecdot(*states), *(torch.linalg.vector_norm(x, dim=-1) for x in states)]
+    columns += [log_probs] if want_log_probs else []
+    return _to_host(columns)
 
 
 def _judge(

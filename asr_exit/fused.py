@@ -200,5 +200,25 @@ class _FusedSegment:
             state.set_conv(block.block.conv.gated(block.block.conv_norm(last)))
 
 
+def measured(logits: Tensor, before: Tensor | None, after: Tensor, want_evidence: bool) -> list[np.ndarray]:
+    """As `asr_exit.evidence.score` wants frames measured: (B, L, V) logits, (B, T, D) states, contiguous bf16."""
+    from asr_exit import score_kernels
+
+    def per_row(x: Tensor, count: int) -> list[np.ndarray]:
+        return [np.empty(x.shape[:2], np.float32) for _ in range(count)]
+
+    top, negative_entropy = per_row(logits, 2)
+    labels = np.empty(top.shape, np.int64)
+    rows = as_bits(logits.reshape(-1, logits.shape[-1]))
+    score_kernels.posteriors(rows, top.reshape(-1), labels.reshape(-1), negative_entropy.reshape(-1))
+    if not want_evidence:
+        return [top, labels]
+    products = [] if before is None else per_row(after, 3)
+    if before is not None:
+        states = (as_bits(x.reshape(-1, x.shape[-1])) for x in (before, after))
+        score_kernels.likeness(*states, *(values.reshape(-1) for values in products))
+    return [top, labels, negative_entropy, *products]
+
+
 def _fp32(weights: Tensor) -> np.ndarray:
     return weights.detach().float().numpy()

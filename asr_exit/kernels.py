@@ -13,12 +13,11 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from asr_exit.machine_code import as_bf16, as_fp32, compiled, exp, product, sigmoid, wide
+from asr_exit.machine_code import as_bf16, as_fp32, compiled, exp, of_rank, product, rank, sigmoid, wide
 
 _EPS = np.float32(1e-5)  # of torch's LayerNorm
 _RMS_EPS = np.float32(1e-6)
 _ROWS = 4  # queries at a time
-_LANES = 16
 _GROUP = 8  # frames whose keys are written together
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -153,22 +152,16 @@ def _rotate(given, first, half, cos, sin, scale, out):
 
 
 @numba.njit(inline="always")
-def _softmax(scores, hidden, top):
-    """Softmax of `scores` + `hidden` in place; `top` is room for a number per lane."""
-    window = len(scores)
-    for lane in range(_LANES):
-        top[lane] = np.float32(-1e30)
-    for w in range(0, window, _LANES):
-        part, mask = scores[w : w + _LANES], hidden[w : w + _LANES]
-        for lane in range(_LANES):
-            score = part[lane] + mask[lane]
-            part[lane] = score
-            top[lane] = score if score > top[lane] else top[lane]
-    highest, total = top[0], _ZERO
-    for lane in range(_LANES):
-        highest = max(highest, top[lane])
+def _softmax(scores, hidden):
+    """Softmax of `scores` + `hidden` in place."""
+    window, highest, total = len(scores), np.int32(-(2**31)), _ZERO
     for w in range(window):
-        weight = exp(scores[w] - highest)
+        scores[w] += hidden[w]
+    for w in range(window):
+        highest = max(highest, rank(scores[w]))
+    top = of_rank(highest)
+    for w in range(window):
+        weight = exp(scores[w] - top)
         scores[w] = weight
         total += weight
     total = _ONE / total
@@ -233,7 +226,7 @@ def attend(projected, slots, mask, cos, sin, keys, values, out):
     streams, heads, head_dim, window = len(slots), *keys.shape[1:]
     chunk, half, width = len(out) // streams, head_dim // 2, heads * head_dim
     scores, queries = np.empty((_ROWS, window), np.float32), np.zeros((_ROWS, head_dim), np.float32)
-    mixed, top = np.empty((_ROWS, head_dim), np.float32), np.empty(_LANES, np.float32)
+    mixed = np.empty((_ROWS, head_dim), np.float32)
     hidden = np.empty(window, np.float32)
     root = _ONE / np.sqrt(np.float32(head_dim))
     for b in range(streams):
@@ -252,7 +245,7 @@ def attend(projected, slots, mask, cos, sin, keys, values, out):
                     _rotate(projected[i, begin:], 0, half, cos[i], sin[i], root, queries[r])
                 product(queries, keys, (slot * heads + h) * head_dim * window, window, scores)
                 for r in range(rows):
-                    _softmax(scores[r], hidden, top)
+                    _softmax(scores[r], hidden)
                 product(scores, values, (slot * window * heads + h) * head_dim, width, mixed)
                 for r in range(rows):
                     answer, place = mixed[r], out[group + r, begin:]

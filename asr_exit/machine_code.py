@@ -89,6 +89,35 @@ def _power_of_two(context, exponent):
     return types.float32(types.int32), code
 
 
+@intrinsic
+def _bits(context, number):
+    def code(_: Any, build: Any, signature: Any, args: Sequence[Any]) -> Any:
+        return build.bitcast(args[0], _INT)
+
+    return types.int32(types.float32), code
+
+
+@intrinsic
+def _number(context, bits):
+    def code(_: Any, build: Any, signature: Any, args: Sequence[Any]) -> Any:
+        return build.bitcast(args[0], _FLOAT)
+
+    return types.float32(types.int32), code
+
+
+@numba.njit(inline="always")
+def rank(x):
+    """A whole number that grows with x. The largest of many is found in vectors, unlike the largest of many x."""
+    bits = _bits(x)
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@numba.njit(inline="always")
+def of_rank(rank):
+    """The number x with that `rank`."""
+    return _number(rank ^ ((rank >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
 @numba.njit(inline="always")
 def exp(x):
     """To 5 decimal places, far beyond bf16; at most e to the 87, and 0 below e to the -69.

@@ -19,7 +19,7 @@ from asr_exit.encoder import Encoder
 from asr_exit.evidence import ExitScores, score
 from asr_exit.features import log_mels, windows_to_log_mel
 from asr_exit.front_end import Float32LogMel, FusedLogMel
-from asr_exit.fused import FusedSubsampling, can_fuse, fuse
+from asr_exit.fused import FusedSubsampling, can_fuse, fuse, measured
 from asr_exit.packing import pack_linears
 
 _ROWS_AT_ONCE = 8  # frames of skipped chunks are padded to multiples of this many
@@ -62,6 +62,7 @@ class TorchBackend:
         self.pool = CachePool(self.config, slots, tails, self.device, self.dtype, keys_by_lane=fused)
         self.subsampling = FusedSubsampling(self.encoder, self.pool) if fused else self.encoder.subsampling
         self._subsample = self.subsampling if fused else self._plain_subsample
+        self._measure = measured if fused else None
         self.buckets = usual if buckets is None else buckets
         self._graphs: SegmentGraphs | None = None
         if cuda_graphs:
@@ -154,6 +155,7 @@ class TorchBackend:
             want_log_probs,
             want_evidence,
             frames,
+            self._measure,
         )
 
     def _batch_of(self, states: Sequence[Tensor], real: Tensor | None, context: FrameContext) -> Tensor:
@@ -194,7 +196,7 @@ class TorchBackend:
         for size in [size for size in self.buckets.sizes if size <= len(taken)]:
             slots, frames = np.array(taken[:size]), np.full(size, chunk_frames)
             states = self.subsample(slots, [silence] * size, frames)
-            wanted = {"read": True, "want_log_probs": False, "want_evidence": False, "want_similarity": False}
+            wanted = {"read": True, "want_log_probs": False, "want_evidence": True, "want_similarity": True}
             states, _ = self.run(0, slots, states, frames, chunk_frames, [None] * size, **wanted)
             if self.config.num_exits > 1:
                 self.propagate(1, slots, [[state] for state in states], frames)

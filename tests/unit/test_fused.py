@@ -17,19 +17,22 @@ from asr_exit.cache import CachePool, as_bits
 from asr_exit.checkpoint import Model
 from asr_exit.encoder import Encoder
 from asr_exit.engine import Engine
-from asr_exit.fused import can_fuse, fuse
+from asr_exit.evidence import ExitScores, score
+from asr_exit.fused import can_fuse, fuse, measured
 from asr_exit.packing import can_pack
+from asr_exit.policies.parse import parse_policy
 from asr_exit.policy import RandomDepth
 from asr_exit.stream import Fill, StreamOptions
 from asr_exit.torch_backend import TorchBackend
 from tests.conftest import babble, random_model
 
 numba = pytest.importorskip("numba", reason="numba is not installed: there are no kernels to test")
-front_kernels, kernels, machine_code = (
-    pytest.importorskip(f"asr_exit.{name}") for name in ("front_kernels", "kernels", "machine_code")
+front_kernels, kernels, score_kernels, machine_code = (
+    pytest.importorskip(f"asr_exit.{name}") for name in ("front_kernels", "kernels", "score_kernels", "machine_code")
 )
 
 CHUNK = 8
+JUDGING = ("posterior:0.9", "similarity:0.95", "entropy:0.2")
 
 
 class Run:
@@ -179,6 +182,46 @@ def test_attention_is_that_of_torch(window: int, frames: int) -> None:
     assert torch.equal(stored, k.reshape(-1, heads, head_dim).bfloat16())
 
 
+def both_scores(
+    logits: Tensor, before: Tensor, after: Tensor, previous: list[ExitScores | None]
+) -> tuple[list[ExitScores], list[ExitScores]]:
+    """What torch makes of them, and the kernels."""
+    plain = score(logits, before, after, previous, want_log_probs=False)
+    return plain, score(logits, before, after, previous, want_log_probs=False, measure=measured)
+
+
+@pytest.mark.parametrize("vocab", [5, 256, 1000])
+@pytest.mark.parametrize("scale", [0.1, 4.0, 60.0])
+def test_exits_say_what_they_say_with_torch(vocab: int, scale: float) -> None:
+    torch.manual_seed(vocab)
+    logits, before = (torch.randn(7, 8, vocab) * scale).bfloat16(), torch.randn(7, 8, 40).bfloat16()
+    logits[0, 0] = 0.0  # all are equal
+    logits[1, :, vocab // 2 :] = logits[1, :, : vocab - vocab // 2].clone()  # there are two largest
+    after = (before.float() + torch.randn(7, 8, 40)).bfloat16()
+    previous: list[ExitScores | None] = [None] * 7
+    for _ in range(2):
+        plain, fused = both_scores(logits, before, after, previous)
+        for one, other in zip(plain, fused, strict=True):
+            assert np.array_equal(one.ids, other.ids)
+            assert one.text == other.text
+            assert np.abs(one.max_log_prob - other.max_log_prob).max() < 5e-5
+            assert np.abs(one.evidence.numbers - other.evidence.numbers).max() < 5e-5
+        previous = [*fused]
+    unjudged = score(logits, None, after, previous, want_log_probs=False, want_evidence=False, measure=measured)
+    assert all(np.array_equal(one.max_log_prob, other.max_log_prob) for one, other in zip(unjudged, fused, strict=True))
+
+
+def test_what_is_not_a_number_stays_with_its_frame() -> None:
+    logits, states = torch.randn(3, 8, 256).bfloat16(), torch.randn(3, 8, 40).bfloat16()
+    clean, _ = both_scores(logits, states, states, [None] * 3)
+    for poison in (torch.nan, -torch.nan, torch.inf):
+        logits[1, 2, 7] = poison
+        _, fused = both_scores(logits, states, states, [None] * 3)
+        assert np.isnan(fused[1].max_log_prob).tolist() == [frame == 2 for frame in range(8)]
+        for row in (0, 2):
+            assert np.abs(fused[row].max_log_prob - clean[row].max_log_prob).max() < 5e-5
+
+
 def test_hidden_keys_count_for_nothing_however_large() -> None:
     heads, head_dim, window = 1, 16, 32
     projected = torch.ones(1, 3 * head_dim).bfloat16()
@@ -300,17 +343,25 @@ def test_warming_up_compiles_all_that_streams_ever_use(model: Model) -> None:
     """Otherwise a stream would wait for seconds: kernels are compiled for each kind of array they meet."""
 
     def variants() -> dict[str, int]:
-        found = {**vars(kernels), **vars(front_kernels)}
+        found = {**vars(kernels), **vars(front_kernels), **vars(score_kernels)}
         return {name: len(kernel.signatures) for name, kernel in found.items() if hasattr(kernel, "signatures")}
 
     backend = model.in_precision("bf16").backend(6, "cpu")
     backend.warm_up(CHUNK, 6)
     before = variants()
-    assert {"attend", "convolve", "first_stage", "windows", "store", "norm"} <= {
-        name for name, n in before.items() if n
-    }
+    wanted = {"attend", "convolve", "first_stage", "windows", "store", "norm", "posteriors", "likeness"}
+    assert wanted <= {name for name, n in before.items() if n}
     engine = Engine(model.in_precision("bf16"), slots=6, backend=backend)
-    streams = [engine.open(StreamOptions(policy=RandomDepth(seed), fill=fill)) for seed, fill in enumerate([*Fill] * 2)]
+    layers = model.config.exit_layers
+    policies = [
+        RandomDepth(0),
+        RandomDepth(1),
+        RandomDepth(2),
+        *(parse_policy(name, exit_layers=layers) for name in JUDGING),
+    ]
+    streams = [
+        engine.open(StreamOptions(policy=policy, fill=fill)) for policy, fill in zip(policies, [*Fill] * 2, strict=True)
+    ]
     for segment in backend.pool.segments:  # some have been here for hours
         segment.clock[:2] = 8 * 4000
     streams[0].next_frame = streams[1].next_frame = 8 * 4000
