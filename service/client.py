@@ -156,10 +156,10 @@ class SpeechClient:
         """
         failures: list[BaseException] = []
         settings = settings or StreamSettings()
+        first, collector = settings.message(), settings.collector()
 
         def requests() -> Iterator[pb.StreamingRecognizeRequest]:
-            yield settings.message()
-            collector = settings.collector()
+            yield first
             try:
                 for part in audio:
                     for message in (part,) if collector is None else collector.add(part):
@@ -215,10 +215,10 @@ class AsyncSpeechClient:
     ) -> AsyncIterator[Caption]:
         """Sends `audio` and yields captions as they come; raises ServiceError when the server ends the call."""
         settings = settings or StreamSettings()
+        first, collector = settings.message(), settings.collector()
 
         async def requests() -> AsyncIterator[pb.StreamingRecognizeRequest]:
-            yield settings.message()
-            collector = settings.collector()
+            yield first
             async for part in audio:
                 for message in (part,) if collector is None else collector.add(part):
                     yield part_message(message)

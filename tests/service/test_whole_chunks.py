@@ -116,6 +116,22 @@ def test_the_server_answers_each_chunk_as_soon(server: BackgroundServer) -> None
     assert [chunk.end_ms for caption in ours for chunk in caption.chunks][:4] == [640, 1280, 1920, 2560]
 
 
+def test_settings_that_make_no_message_raise_what_is_wrong(server: BackgroundServer) -> None:
+    wrong = StreamSettings(chunk_ms=2**40)
+
+    async def listen() -> list[Caption]:
+        async def speak() -> AsyncIterator[bytes]:
+            yield bytes(640)
+
+        async with AsyncSpeechClient(server.address) as client:
+            return [caption async for caption in client.stream(speak(), wrong)]
+
+    with SpeechClient(server.address) as client, pytest.raises(ValueError, match="range"):
+        list(client.stream([bytes(640)], wrong))
+    with pytest.raises(ValueError, match="range"):
+        asyncio.run(listen())
+
+
 def test_what_reading_the_audio_raised_reaches_the_caller(server: BackgroundServer) -> None:
     def broken() -> Iterator[bytes]:
         yield bytes(640)
