@@ -103,7 +103,9 @@ class Feed:
         self.commands: list[Command] = []
         self.called = False  # they are to be carried out in the next round
         self.put_by_until = 0.0  # what waits in `commands`, if nothing calls it before
-        self.served = False  # a chunk of it waits for a step or is in one: audio that follows is put by till then
+        # a chunk of it waits for a step or is in one: audio that follows is put by till that is answered. The engine
+        # thread sets it without the lock, for a moment too late costs a look too many; it clears it with the lock.
+        self.served = False
         self.abandoned = False  # set by the event loop: do not spend time on audio that is still queued
         self.stream: Stream | None = None
         self.closed = False

@@ -36,6 +36,7 @@ class FakeEngine:
         self.final_every = final_every
         self.streams: list[FakeStream] = []
         self.opened: list[FakeStream] = []
+        self.pushed: list[tuple[int, int]] = []  # stream number and samples, of every push
         self.fail_at: dict[tuple[int, int], Exception] = {}  # (stream number, chunk) -> its failure
         self.raise_in_step: Exception | None = None
         self.paused = False
@@ -60,6 +61,7 @@ class FakeEngine:
             raise StreamStateError("finished")
         assert samples.dtype == np.float32
         self.gate.wait()
+        self.pushed.append((stream.number, samples.size))
         stream.samples += samples.size
 
     def finish(self, stream: FakeStream) -> None:

@@ -112,18 +112,16 @@ async def test_a_slow_reader_loses_interims_but_no_final_and_no_chunk() -> None:
 
 async def test_a_chunk_in_many_messages_is_decoded_at_once_and_less_than_one_within_a_second() -> None:
     engine = FakeEngine()
-    pushed: list[int] = []
-    push = engine.push
-    engine.push = lambda stream, samples: (pushed.append(len(samples)), push(stream, samples))[1]  # type: ignore
+    pushed = engine.pushed
     async with running(engine) as thread:
         session = await opened(thread)
         for _ in range(4):
             await session.send_audio(bytes(5_120))
-        await until(lambda: sum(pushed) == 10_240)
-        assert pushed == [10_240]
+        await until(lambda: bool(pushed))
+        assert pushed == [(0, 10_240)]
         await session.send_audio(bytes(5_120))
         await until(lambda: len(pushed) == 2)
-        assert pushed[1] == 2_560
+        assert pushed[1] == (0, 2_560)
         session.close()
 
 
@@ -141,27 +139,23 @@ async def test_a_chunk_in_one_message_is_computed_when_it_comes() -> None:
 
 async def test_what_was_put_by_does_not_call_for_what_came_after_it() -> None:
     engine = FakeEngine()
-    pushed: list[int] = []
-    push = engine.push
-    engine.push = lambda stream, samples: (pushed.append(len(samples)), push(stream, samples))[1]  # type: ignore
+    pushed = engine.pushed
     async with running(engine) as thread:
         session = await opened(thread)
         for _ in range(4):
             await session.send_audio(bytes(5_120))
-        await until(lambda: pushed == [10_240])
+        await until(lambda: pushed == [(0, 10_240)])
         await asyncio.sleep(0.4)
         await session.send_audio(bytes(5_120))
         await asyncio.sleep(0.3)  # what began to wait 0.7 s ago has been decoded since
-        assert pushed == [10_240]
-        await until(lambda: pushed == [10_240, 2_560])
+        assert pushed == [(0, 10_240)]
+        await until(lambda: pushed == [(0, 10_240), (0, 2_560)])
         session.close()
 
 
 async def test_audio_behind_a_chunk_without_an_answer_waits_for_the_answer() -> None:
     engine, steps = FakeEngine(), threading.Semaphore(0)
-    pushed: list[tuple[int, int]] = []
-    push, step = engine.push, engine.step
-    engine.push = lambda stream, samples: (pushed.append((stream.number, len(samples))), push(stream, samples))[1]  # type: ignore
+    pushed, step = engine.pushed, engine.step
     engine.step = lambda streams: (steps.acquire(), step(streams))[1]  # type: ignore
     chunk = bytes(20_480)
     async with running(engine, Batching(max_batch=1, max_wait_ms=0)) as thread:
