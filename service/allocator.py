@@ -10,6 +10,7 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 256 << 20
 _LARGEST_HEAP_BLOCK_BYTES = 32 << 20  # glibc takes no more
+_LOOKED_AT_WHEN_FREED_BYTES = 1 << 20  # glibc trims only when something of 64 KB or more is freed
 
 
 def keep_freed_memory() -> bool:
@@ -30,9 +31,18 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Hand what is kept for the next step back to the system after all; for a time when nobody waits."""
+    """Hand what is kept for the next step back to the system after all; for a time when nobody waits.
+
+    To be called on the thread that made the steps: `malloc_trim` leaves the top of every arena but the main thread's
+    as it is, which glibc looks at only when something is freed there.
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        library.mallopt(_M_TRIM_THRESHOLD, 0)
+        library.free(library.malloc(ctypes.c_size_t(_LOOKED_AT_WHEN_FREED_BYTES)))
+        library.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+        library.malloc_trim(0)
 
 
 def spare_what_stays() -> None:

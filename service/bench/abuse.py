@@ -26,6 +26,7 @@ SERVER_TOML = "[limits]\nidle_s = 2.0\nstreams = {slots}\n[load]\nshed_depth = f
 _AT_A_TIME = 100  # bad streams of each kind
 _SECONDS = 0.7  # of audio that a bad stream sends before it misbehaves
 _SETTLE_S = 30.0
+_TIDIED_S = 2.0  # after the last stream the server gives back what it kept, when nobody came for a while
 _KILLED_CLIENT = """
 import asyncio, sys
 from service.client import AsyncSpeechClient, StreamSettings
@@ -76,14 +77,10 @@ async def measure_abuse(
     alone = await _good(server.address, speeches, good)
     if any(text is None for text in alone):
         raise BenchError("the streams fail even without bad ones: is the server large enough?")
-    await _bad(server.address, min(bad, 4 * _AT_A_TIME), random.Random(seed + 1))  # what one wave needs, it may keep
+    await _mixed(server.address, speeches, min(bad, 4 * _AT_A_TIME), good, seed + 1)  # what one wave needs, it may keep
     await _settled(server)
     before = server.usage().rss_mb
-    stop = asyncio.Event()
-    good_task = asyncio.create_task(_good(server.address, speeches, good, stop))
-    opened = await _bad(server.address, bad, random.Random(seed))
-    stop.set()
-    among = await good_task
+    opened, among = await _mixed(server.address, speeches, bad, good, seed)
     left = await _settled(server)
     pairs = [(alone[index % good], text) for index, text in enumerate(among)]
     return AbuseReport(
@@ -95,6 +92,17 @@ async def measure_abuse(
         rss_before_mb=before,
         rss_after_mb=server.usage().rss_mb,
     )
+
+
+async def _mixed(
+    address: str, speeches: Sequence[Speech], bad: int, good: int, seed: int
+) -> tuple[dict[str, int], list[str | None]]:
+    """Rounds of good streams for as long as the bad ones take; returns what `_bad` and `_good` do."""
+    stop = asyncio.Event()
+    good_task = asyncio.create_task(_good(address, speeches, good, stop))
+    opened = await _bad(address, bad, random.Random(seed))
+    stop.set()
+    return opened, await good_task
 
 
 async def _good(
@@ -190,6 +198,6 @@ async def _settled(server: ServedProcess) -> int:
     while True:
         streams = round((await asyncio.to_thread(server.figures))["asr_exit_streams"])
         if streams == 0 or time.monotonic() > deadline:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(_TIDIED_S)
             return streams
         await asyncio.sleep(0.2)
