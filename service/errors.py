@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from asr_exit.errors import AudioError, CapacityError, ConfigError, StreamStateError
 
@@ -56,6 +57,8 @@ def to_stream_error(error: BaseException) -> StreamError:
         return error
     if isinstance(error, ConfigError | AudioError):
         return invalid(str(error))
+    if isinstance(error, DecodeError):
+        return undecodable()
     if isinstance(error, CapacityError):
         return StreamError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error} (all stream slots are taken: try again later)")
     if isinstance(error, StreamStateError):

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from asr_exit.budget import Budget
 from service import wire
 from service.dialect import Dialect, NativeDialect
-from service.errors import StreamError, abort, invalid, to_stream_error, undecodable
+from service.errors import StreamError, abort, invalid, to_stream_error
 from service.patience import Patience
 from service.pb import speech_pb2 as pb
 from service.pb import speech_pb2_grpc
@@ -56,7 +56,11 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
 
     async def converse(self, context: grpc.aio.ServicerContext, dialect: Dialect) -> None:
         """Serves one streaming call, whatever its protocol."""
-        reading, writing = Patience(self._config.limits.idle_s), Patience(self._config.limits.idle_s)
+        idle_s = self._config.limits.idle_s
+        reading = Patience(
+            idle_s, f"nothing was sent for {idle_s:g} s: send audio, silence included, or close the stream"
+        )
+        writing = Patience(idle_s, f"no result was read for {idle_s:g} s: read results while sending audio")
         try:
             await self._converse(context, dialect, reading, writing)
         except StreamError as error:  # the session is closed: the status waits behind results the client does not read
@@ -69,8 +73,8 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
         self, context: grpc.aio.ServicerContext, dialect: Dialect, reading: Patience, writing: Patience
     ) -> None:
         """Raises StreamError. Apart from `converse`, whose frame an aborted call keeps for the garbage collector."""
-        message = await self._next(context, reading)
-        if message is None:
+        message = await self._first(context, reading)
+        if message is grpc.aio.EOF:
             raise invalid("the stream ended before its configuration: send streaming_config in the first message")
         request = self._complete(context, partial(dialect.configure, message))
         async with self._reception.stream(context, request) as session:
@@ -122,15 +126,21 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
     ) -> None:
         """Client to engine; ends the session with an error instead of raising."""
         try:
-            while (message := await self._next(context, patience)) is not None:
-                for part in dialect.parts(message):
-                    if isinstance(part, bytes):
-                        if not session.pass_on(part):
-                            await session.send_audio(part)
-                    elif isinstance(part, Budget):
-                        session.set_budget(part)
-                    else:
-                        await session.flush()
+            with patience:
+                while True:
+                    patience.begin()
+                    message = await context.read()
+                    patience.end()
+                    if message is grpc.aio.EOF:
+                        break
+                    for part in dialect.parts(message):
+                        if isinstance(part, bytes):
+                            if not session.pass_on(part):
+                                await session.send_audio(part)
+                        elif isinstance(part, Budget):
+                            session.set_budget(part)
+                        else:
+                            await session.flush()
             await session.end_audio()
         except asyncio.CancelledError:
             raise
@@ -152,39 +162,24 @@ class SpeechServicer(speech_pb2_grpc.SpeechServicer):
     async def _write(
         self, context: grpc.aio.ServicerContext, session: Session, dialect: Dialect, patience: Patience
     ) -> None:
-        """Engine to client."""
-        while (update := await session.receive()) is not None:
-            for message in dialect.respond(update):
-                await self._send(context, message, patience)
-            if session.request.single_utterance and update.result.is_final and update.text:
-                return
+        """Engine to client. Waits for one that reads slowly, but not for ever: StreamError."""
+        with patience:
+            while (update := await session.receive()) is not None:
+                for message in dialect.respond(update):
+                    patience.begin()
+                    await context.write(message)
+                    patience.end()
+                if session.request.single_utterance and update.result.is_final and update.text:
+                    return
 
-    async def _send(self, context: grpc.aio.ServicerContext, message: Any, patience: Patience) -> None:
-        """Waits for a client that reads slowly, but not for ever."""
-        idle_s = self._config.limits.idle_s
+    async def _first(self, context: grpc.aio.ServicerContext, patience: Patience) -> Any:
+        """The first request, or EOF when the client closed its side. Raises StreamError."""
         try:
             with patience:
-                await context.write(message)
-        except TimeoutError:
-            raise StreamError(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"no result was read for {idle_s:g} s: read results while sending audio",
-            ) from None
-
-    async def _next(self, context: grpc.aio.ServicerContext, patience: Patience) -> Any | None:
-        """The next request, or None when the client closed its side."""
-        idle_s = self._config.limits.idle_s
-        try:
-            with patience:
-                request = await context.read()
-        except TimeoutError:
-            raise StreamError(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"nothing was sent for {idle_s:g} s: send audio, silence included, or close the stream",
-            ) from None
-        except DecodeError:
-            raise undecodable() from None
-        return None if request is grpc.aio.EOF else request
+                patience.begin()
+                return await context.read()
+        except DecodeError as error:
+            raise to_stream_error(error) from None
 
 
 def _reported(error: Exception) -> StreamError:
