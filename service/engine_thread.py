@@ -192,7 +192,9 @@ class EngineThread:
                 self._fail(feed, error)
         if self._offer(feed):
             feed.served = True
-        self._events.append(partial(feed.listener.on_consumed, len(commands)))
+        feed.consumed += len(commands)
+        if feed.awaited:
+            self._events.append(feed.listener.on_room)
 
     def _offer(self, feed: Feed) -> bool:
         """Hand the stream to the scheduler if it has a whole chunk; returns whether it had one."""

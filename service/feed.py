@@ -22,7 +22,7 @@ class Open:
     """Take a slot."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, since there is one for every message: that triples the time to make one
 class Audio:
     """Bytes of the stream, in order."""
 
@@ -61,8 +61,8 @@ class Listener(Protocol):
     def on_opened(self) -> None:
         """A slot was taken."""
 
-    def on_consumed(self, commands: int) -> None:
-        """So many commands were carried out."""
+    def on_room(self) -> None:
+        """Commands were carried out; only called while `Feed.awaited`."""
 
     def on_result(self, result: ChunkResult, latency_ms: float) -> None:
         """A chunk was recognised."""
@@ -75,7 +75,7 @@ class _Nobody:
     def on_opened(self) -> None:
         pass
 
-    def on_consumed(self, commands: int) -> None:
+    def on_room(self) -> None:
         pass
 
     def on_result(self, result: ChunkResult, latency_ms: float) -> None:
@@ -91,7 +91,7 @@ NOBODY: Listener = _Nobody()  # listens to the streams whose sessions are closed
 class Feed:
     """Belongs to the engine thread, but for what its lock guards: `commands`, `called`, `put_by_until` and `served`.
 
-    `abandoned` and `listener` are set by the event loop.
+    `abandoned`, `awaited` and `listener` are set by the event loop.
     """
 
     def __init__(self, options: StreamOptions, audio: AudioFormat, listener: Listener) -> None:
@@ -106,7 +106,9 @@ class Feed:
         # a chunk of it waits for a step or is in one: audio that follows is put by till that is answered. The engine
         # thread sets it without the lock, for a moment too late costs a look too many; it clears it with the lock.
         self.served = False
-        self.abandoned = False  # set by the event loop: do not spend time on audio that is still queued
+        self.abandoned = False  # do not spend time on audio that is still queued
+        self.consumed = 0  # commands carried out
+        self.awaited = False  # the listener waits until more of them are
         self.stream: Stream | None = None
         self.closed = False
         self.pace = Pace()

@@ -65,8 +65,8 @@ class Session:
         self._unpacker = None if request.audio.is_raw else Unpacker(request.audio)
         self._outbox = Outbox(interim_results=request.interim_results, unread_chunks=limits.unread_chunks)
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._room = asyncio.Event()
-        self._queued_commands = 0
+        self._room: asyncio.Future[None] | None = None  # what audio waits for when there is none
+        self._submitted_commands = 0
         self._received_bytes = 0  # of samples, on their way to the engine
         self._bytes_per_second = self._feed.input.bytes_per_second
         self._slice_bytes = min(int(_SLICE_S * self._bytes_per_second), limits.message_bytes)
@@ -196,9 +196,8 @@ class Session:
         if not self._opened.done():
             self._opened.set_result(None)
 
-    def on_consumed(self, commands: int) -> None:
+    def on_room(self) -> None:
         """See Listener."""
-        self._queued_commands -= commands
         self._look_again()
 
     def on_result(self, result: ChunkResult, latency_ms: float) -> None:
@@ -218,16 +217,20 @@ class Session:
         self.fail(error)
 
     def _submit(self, command: Command, wake: bool = True) -> None:
-        self._queued_commands += 1
+        self._submitted_commands += 1
         self._engine.submit(self._feed, command, wake=wake)
 
     def _look_again(self) -> None:
-        self._room.set()
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
 
     async def _wait_for_room(self) -> None:
+        """For one task at a time."""
+        self._feed.awaited = True  # before the look, so that what is carried out after it is told
         while not self._ended and self._full:
-            self._room.clear()
-            await self._room.wait()
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+        self._feed.awaited = False
         if self._ended:
             raise StreamError(grpc.StatusCode.CANCELLED, "the stream has ended")
 
@@ -239,6 +242,6 @@ class Session:
     def _full(self) -> bool:
         return (
             self._unprocessed_s >= self._limits.backlog_s
-            or self._queued_commands >= _MAX_QUEUED_COMMANDS
+            or self._submitted_commands - self._feed.consumed >= _MAX_QUEUED_COMMANDS
             or self._outbox.crowded
         )
