@@ -7,6 +7,7 @@ import threading
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from service.event_loop import run
 from service.server import SpeechServer
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class BackgroundServer:
         self._host = config.listen.host
         self._ready = threading.Event()
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="asr-exit-server")
+        self._thread = threading.Thread(target=lambda: run(self._main()), name="asr-exit-server")
 
     def __enter__(self) -> BackgroundServer:
         self._thread.start()

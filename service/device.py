@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal, cast
 
 from asr_exit.errors import ConfigError
@@ -27,3 +28,8 @@ def pick_precision(name: str, device: str) -> Literal["fp32", "bf16"]:
     if name != "auto":
         return cast("Literal['fp32', 'bf16']", name)
     return "bf16" if computes_in_bf16(device) else "fp32"
+
+
+def usable_cores() -> int:
+    """Logical processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from asr_exit.stream import Stream
     from service.load import LoadMonitor
     from service.metrics import Metrics
+    from service.turns import Turns
 
 log = logging.getLogger(__name__)
 Event = Callable[[], None]
@@ -48,19 +49,20 @@ class EngineThread:
         metrics: Metrics | None = None,
         prepare: Callable[[], None] | None = None,
         tidy: Callable[[], object] | None = None,
+        turns: Turns | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Nobody else may touch `engine`.
 
         Called on this thread: `post`; `prepare` at its start; `tidy` once the last of the streams is gone and no other
-        came for a while.
+        came for a while; `turns` around steps.
         """
         self._engine = engine
         self._post = post
         self._load = load
         self._metrics = metrics
         self._scheduler: Scheduler[Stream] = Scheduler(batching, clock)
-        self._prepare, self._tidy = prepare, tidy
+        self._prepare, self._tidy, self._turns = prepare, tidy, turns
         self._tidy_at: float | None = None  # when to tidy if no stream comes
         self.clock = clock
         self._lock = threading.Lock()
@@ -168,7 +170,7 @@ class EngineThread:
         for feed, commands in batch:
             self._carry_out(feed, commands)
         if self._scheduler.wait_s(len(self._feeds)) == 0.0:
-            self._step(self._scheduler.take())
+            self._take_turn(self._scheduler.take())
             self._may_catch_up = True
         elif self._may_catch_up:
             self._may_catch_up = self._catch_up()
@@ -245,6 +247,17 @@ class EngineThread:
         self._engine.push(feed.stream, feed.input.push(data))
         for part in parts:
             feed.pace.arrived(len(part.data) / feed.input.bytes_per_second, part.arrived_at)
+
+    def _take_turn(self, streams: list[Stream]) -> None:
+        if self._turns is None:
+            self._step(streams)
+            return
+        self._turns.begin()
+        try:
+            self._step(streams)
+            self._flush()
+        finally:
+            self._turns.end()
 
     def _step(self, streams: list[Stream]) -> None:
         cpu_s = time.thread_time()

@@ -1,7 +1,8 @@
 """An event loop for many streams: when events come thick, it takes them by the handful.
 
 Each look for events costs two system calls, two switches between threads and a cold cache, about as much as the event
-itself. So looks are rationed; a server with few streams never notices.
+itself. So looks are rationed; a server with few streams never notices. Where engines need all the cores, the loop
+takes turns with them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVarTuple
+
+if TYPE_CHECKING:
+    from service.turns import Turns
 
 _INTERVAL_S = 0.005  # between looks, once the burst is used up: what an event waits at most
 _BURST = 40  # looks in a row that nothing delays; saved up again at a look per interval
@@ -36,6 +40,7 @@ class RationedSelector(selectors.DefaultSelector):
         self._interval_s, self._saved_s = interval_s, burst * interval_s
         self._clock, self._sleep = clock, sleep
         self._next_look = clock() - self._saved_s  # that nothing delays
+        self.turns: Turns | None = None  # with engines on the same cores
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """See `selectors.BaseSelector`. A `timeout` of 0 or less means that the loop has other work: no wait."""
@@ -44,10 +49,11 @@ class RationedSelector(selectors.DefaultSelector):
         now = self._clock()
         early_s = self._next_look - now
         self._next_look = max(self._next_look, now - self._saved_s) + self._interval_s
-        if early_s > 0:
-            waited_s = early_s if timeout is None else min(early_s, timeout)
-            self._sleep(waited_s)
-            timeout = None if timeout is None else timeout - waited_s
+        waited = self.turns is not None and self.turns.wait(timeout)
+        if early_s > 0 and not waited:
+            self._sleep(early_s if timeout is None else min(early_s, timeout))
+        if timeout is not None and (waited or early_s > 0):
+            timeout = max(0.0, timeout - (self._clock() - now))
         return super().select(timeout)
 
 
@@ -55,7 +61,12 @@ class EventLoop(asyncio.SelectorEventLoop):
     """The server's: with rationed looks, and one call for all the events of gRPC that have come."""
 
     def __init__(self) -> None:
-        super().__init__(RationedSelector())
+        self._looks = RationedSelector()
+        super().__init__(self._looks)
+
+    def take_turns(self, turns: Turns) -> None:
+        """With engines that need all the cores there are."""
+        self._looks.turns = turns
 
     def add_reader(self, fd: Any, callback: Callable[[*_Arguments], Any], *args: *_Arguments) -> None:
         """See `asyncio.loop`.

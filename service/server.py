@@ -24,8 +24,9 @@ from service import wire
 from service.admission import Admission
 from service.allocator import give_back_freed_memory, spare_what_stays
 from service.auth import Clients, TokenFile, TokenInterceptor
-from service.device import pick_device, pick_precision
+from service.device import pick_device, pick_precision, usable_cores
 from service.engine_thread import EngineThread, Event
+from service.event_loop import EventLoop
 from service.google_speech import google_handler
 from service.language_model import ServedLanguageModel
 from service.load import LoadMonitor
@@ -36,6 +37,7 @@ from service.reception import Reception
 from service.riva import RivaServicer
 from service.servicer import SpeechServicer
 from service.tls import server_credentials
+from service.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +78,7 @@ class SpeechServer:
         loop = asyncio.get_running_loop()
         self.metrics = Metrics(self._model.config.exit_layers, self._config.limits.streams)
         monitors = [self._monitor() for _ in self.engines] if self._config.load.shed_depth else []
+        turns = self._turns(loop)
         self._threads = [
             EngineThread(
                 engine,
@@ -85,6 +88,7 @@ class SpeechServer:
                 metrics=self.metrics,
                 prepare=partial(self._prepare, engine),
                 tidy=give_back_freed_memory,
+                turns=turns,
             )
             for index, engine in enumerate(self.engines)
         ]
@@ -154,6 +158,16 @@ class SpeechServer:
     def _monitor(self) -> LoadMonitor:
         costs = [self.engines[0].macs.to_exit(index, 1) for index in range(self._model.config.num_exits)]
         return LoadMonitor(LoadController(len(costs), self._config.load.target_latency_ms, costs=costs))
+
+    def _turns(self, loop: asyncio.AbstractEventLoop) -> Turns | None:
+        """With the loop, if the engines leave it no core."""
+        model = self._config.model
+        needed = len(self.engines) * model.threads
+        if not isinstance(loop, EventLoop) or pick_device(model.device) != "cpu" or usable_cores() > needed:
+            return None
+        turns = Turns(len(self.engines))
+        loop.take_turns(turns)
+        return turns
 
     def _prepare(self, engine: Engine) -> None:
         """On the thread that runs the engine."""
