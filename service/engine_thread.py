@@ -252,12 +252,13 @@ class EngineThread:
         if self._turns is None:
             self._step(streams)
             return
+        posted = False
         self._turns.begin()
         try:
             self._step(streams)
-            self._flush()
+            posted = self._flush()
         finally:
-            self._turns.end()
+            self._turns.end(posted)
 
     def _step(self, streams: list[Stream]) -> None:
         cpu_s = time.thread_time()
@@ -323,7 +324,9 @@ class EngineThread:
             except Exception:
                 log.exception("closing a stream failed")
 
-    def _flush(self) -> None:
-        if self._events:
-            events, self._events = self._events, []
+    def _flush(self) -> bool:
+        """Posts the events there are; returns whether there were any."""
+        events, self._events = self._events, []
+        if events:
             self._post(events)
+        return bool(events)

@@ -29,13 +29,14 @@ class Turns:
             if self._stepping == self._engines:
                 self._step_over.clear()
 
-    def end(self) -> None:
-        """Its step is over and events for the loop are posted: returns when the loop has handled them, or soon."""
+    def end(self, posted: bool) -> None:
+        """Its step is over. If events for the loop were posted, returns when the loop has handled them, or soon."""
         self._handled.clear()
         with self._lock:
             self._stepping -= 1
             self._step_over.set()
-        self._handled.wait(_ANSWERS_S)
+        if posted:
+            self._handled.wait(_ANSWERS_S)
 
     def wait(self, longest_s: float | None) -> bool:
         """Called by the loop when it has handled all that has come.

@@ -36,13 +36,13 @@ def text_of(captions: list[Caption]) -> str:
 
 @contextmanager
 def in_a_step(turns: Turns, seconds: float) -> Iterator[None]:
-    """An engine in a step for so long; nobody tells it that its answers went out."""
+    """An engine in a step for so long."""
 
     def step() -> None:
         turns.begin()
         begun.set()
         time.sleep(seconds)
-        turns.end()
+        turns.end(posted=False)
 
     begun, thread = threading.Event(), threading.Thread(target=step)
     thread.start()
@@ -91,6 +91,15 @@ def test_an_engine_without_a_step_keeps_the_loop_looking(selector: RationedSelec
             assert looks(selector) > 0.02
 
 
+def test_an_engine_without_answers_waits_for_nobody_and_with_them_not_for_ever() -> None:
+    turns = Turns(1)
+    for posted, least_s, most_s in ((False, 0.0, 0.01), (True, 0.015, 0.1)):
+        turns.begin()
+        begin = time.monotonic()
+        turns.end(posted)
+        assert least_s <= time.monotonic() - begin < most_s
+
+
 def test_an_engine_goes_on_when_its_answers_are_out() -> None:
     """Each step's event has run before the next begins, and that is not a matter of waiting long enough."""
     order, took = [], []
@@ -102,7 +111,7 @@ def test_an_engine_goes_on_when_its_answers_are_out() -> None:
             order.append(f"step {number}")
             post([lambda number=number: order.append(f"answer {number}")])  # type: ignore[misc]
             begin = time.monotonic()
-            turns.end()
+            turns.end(posted=True)
             took.append(time.monotonic() - begin)
 
     async def main() -> None:
