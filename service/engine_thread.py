@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Event = Callable[[], None]
-_TIDY_AFTER_S = 0.2
+_TIDY_AFTER_S = 0.2  # with no stream left
+_TIDY_EVERY_S = 60.0  # with streams: what one hour's largest step needed is not kept for the next hour
 _PUT_BY_S = 0.5  # audio that completes no chunk lies around undecoded for so long, at most twice that
 _MOST_PUT_BY = 16  # messages of a stream
 
@@ -54,8 +55,8 @@ class EngineThread:
     ) -> None:
         """Nobody else may touch `engine`.
 
-        Called on this thread: `post`; `prepare` at its start; `tidy` once the last of the streams is gone and no other
-        came for a while; `turns` around steps.
+        Called on this thread: `post`; `prepare` at its start; `tidy` between steps, once the last of the streams is
+        gone and no other came for a while, and now and then before; `turns` around steps.
         """
         self._engine = engine
         self._post = post
@@ -64,6 +65,7 @@ class EngineThread:
         self._scheduler: Scheduler[Stream] = Scheduler(batching, clock)
         self._prepare, self._tidy, self._turns = prepare, tidy, turns
         self._tidy_at: float | None = None  # when to tidy if no stream comes
+        self._tidied_at = clock()
         self.clock = clock
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -175,10 +177,17 @@ class EngineThread:
         elif self._may_catch_up:
             self._may_catch_up = self._catch_up()
         self._flush()
-        if self._tidy and self._tidy_at is not None and not self._feeds and self.clock() >= self._tidy_at:
-            self._tidy_at = None
-            self._tidy()
+        self._tidy_if_due()
         return True
+
+    def _tidy_if_due(self) -> None:
+        if self._tidy is None:
+            return
+        now = self.clock()
+        idle = not self._feeds and self._tidy_at is not None and now >= self._tidy_at
+        if idle or (self._feeds and now >= self._tidied_at + _TIDY_EVERY_S):
+            self._tidied_at, self._tidy_at = now, None
+            self._tidy()
 
     def _carry_out(self, feed: Feed, commands: list[Command]) -> None:
         for kind, group in groupby(commands, type):

@@ -1,12 +1,20 @@
-"""What a step frees stays for the next, and goes back to the system once nobody waits: in a process of its own."""
+"""What a step frees stays for the next, and goes back to the system once nobody waits and now and then before."""
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
+
+from service.engine_thread import EngineThread
+from service.server import poster
+from tests.service.fake_engine import FakeEngine
+from tests.service.test_session import opened, send_seconds, until
 
 _STEP = """
 import threading, psutil
@@ -41,3 +49,43 @@ def test_freed_memory_is_kept_until_it_is_given_back() -> None:
     assert kept > 40
     assert given_back < 10
     assert kept_again > 40
+
+
+@asynccontextmanager
+async def tidying() -> AsyncIterator[tuple[EngineThread, list[int]]]:
+    """An engine thread, and how many streams there were each time it tidied."""
+    tidied: list[int] = []
+    engine = FakeEngine()
+    thread = EngineThread(
+        engine,  # type: ignore[arg-type]
+        poster(asyncio.get_running_loop()),
+        tidy=lambda: tidied.append(len(engine.streams)),
+    )
+    thread.start()
+    try:
+        yield thread, tidied
+    finally:
+        await asyncio.to_thread(thread.stop)
+
+
+async def test_the_thread_tidies_up_when_the_last_stream_is_gone() -> None:
+    async with tidying() as (thread, tidied):
+        first, second = await opened(thread), await opened(thread)
+        first.close()
+        await asyncio.sleep(0.4)
+        assert tidied == []
+        second.close()
+        await until(lambda: tidied == [0])
+        await asyncio.sleep(0.3)
+        assert tidied == [0]
+
+
+async def test_a_thread_that_is_never_idle_tidies_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.engine_thread._TIDY_EVERY_S", 0.2)
+    async with tidying() as (thread, tidied):
+        session = await opened(thread)
+        for _ in range(12):
+            await send_seconds(session, 1)
+            await asyncio.sleep(0.05)
+        assert 2 <= len(tidied) <= 5
+        assert set(tidied) == {1}

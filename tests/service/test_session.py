@@ -203,28 +203,6 @@ async def test_a_chunk_that_came_while_the_one_before_was_computed_follows_at_on
         session.close()
 
 
-async def test_the_thread_tidies_up_when_the_last_stream_is_gone() -> None:
-    tidied: list[int] = []
-    engine = FakeEngine()
-    thread = EngineThread(
-        engine,  # type: ignore[arg-type]
-        poster(asyncio.get_running_loop()),
-        tidy=lambda: tidied.append(len(engine.streams)),
-    )
-    thread.start()
-    try:
-        first, second = await opened(thread), await opened(thread)
-        first.close()
-        await asyncio.sleep(0.4)
-        assert tidied == []
-        second.close()
-        await until(lambda: tidied == [0])
-        await asyncio.sleep(0.3)
-        assert tidied == [0]
-    finally:
-        await asyncio.to_thread(thread.stop)
-
-
 async def test_audio_waits_while_the_engine_is_behind() -> None:
     engine = FakeEngine()
     engine.paused = True
