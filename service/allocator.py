@@ -10,6 +10,7 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 256 << 20
 _LARGEST_HEAP_BLOCK_BYTES = 32 << 20  # glibc takes no more
+_keeps = False  # whether this process was told to
 _LOOKED_AT_WHEN_FREED_BYTES = 1 << 20  # glibc trims only when something of 64 KB or more is freed
 
 
@@ -27,7 +28,9 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     options = {_M_MMAP_THRESHOLD: _LARGEST_HEAP_BLOCK_BYTES, _M_TRIM_THRESHOLD: _KEEP_BYTES}
-    return all(set_option(name, value) == 1 for name, value in options.items())
+    global _keeps
+    _keeps = all(set_option(name, value) == 1 for name, value in options.items())
+    return _keeps
 
 
 def give_back_freed_memory() -> None:
@@ -38,10 +41,11 @@ def give_back_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
-        library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-        library.mallopt(_M_TRIM_THRESHOLD, 0)
-        library.free(library.malloc(ctypes.c_size_t(_LOOKED_AT_WHEN_FREED_BYTES)))
-        library.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+        if _keeps:  # a process that did not ask for it keeps glibc's own threshold
+            library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+            library.mallopt(_M_TRIM_THRESHOLD, 0)
+            library.free(library.malloc(ctypes.c_size_t(_LOOKED_AT_WHEN_FREED_BYTES)))
+            library.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
         library.malloc_trim(0)
 
 
