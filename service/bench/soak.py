@@ -26,7 +26,7 @@ class SoakReport:
 
     trial: Trial
     rss_mb: list[tuple[float, float]]  # (second, resident memory)
-    slope_mb: float  # in ten minutes, fitted to the second half
+    slope_mb: float  # in ten minutes, fitted to the second half of the time that streams ran
     latency_first_ms: float  # p50 of the first third
     latency_last_ms: float  # p50 of the last third
 
@@ -52,6 +52,7 @@ def measure_soak(
 ) -> SoakReport:
     """Run `streams` clients for `minutes`."""
     stop, samples, begin = threading.Event(), [], time.monotonic()
+    warm_up_s, seconds = min(30.0, 6 * minutes), 60 * minutes
 
     def watch() -> None:
         while not stop.wait(min(_EVERY_S, 6 * minutes)):
@@ -66,8 +67,8 @@ def measure_soak(
             speeches,
             settings,
             streams=streams,
-            warm_up_s=min(30.0, 6 * minutes),
-            seconds=60 * minutes,
+            warm_up_s=warm_up_s,
+            seconds=seconds,
             message_ms=_MESSAGE_MS,
         )
     finally:
@@ -79,15 +80,19 @@ def measure_soak(
     return SoakReport(
         trial=trial,
         rss_mb=samples,
-        slope_mb=slope_in_ten_minutes(samples),
+        slope_mb=slope_in_ten_minutes(samples, until=warm_up_s + seconds),
         latency_first_ms=float(np.median(first)),
         latency_last_ms=float(np.median(last)),
     )
 
 
-def slope_in_ten_minutes(samples: Sequence[tuple[float, float]]) -> float:
-    """Least squares through the second half of (second, value): what comes before is still warming up."""
-    half = samples[len(samples) // 2 :]
+def slope_in_ten_minutes(samples: Sequence[tuple[float, float]], until: float) -> float:
+    """Least squares through the second half of the (second, value) pairs no later than second `until`.
+
+    What comes before is still warming up; afterwards the streams end, all at once, which is another question.
+    """
+    loaded = [sample for sample in samples if sample[0] <= until]
+    half = loaded[len(loaded) // 2 :]
     if len(half) < 2:
         return 0.0
     seconds, values = np.array(half).T

@@ -143,8 +143,16 @@ def test_quantiles_and_plot(tmp_path: Path) -> None:
 
 def test_slope_ignores_the_warm_up() -> None:
     steady = [(float(second), 100.0 + second / 600) for second in range(300, 600, 5)]
-    assert slope_in_ten_minutes([(0.0, 5.0), (100.0, 90.0), *[(200.0, 95.0)] * 58, *steady]) == pytest.approx(1.0)
-    assert slope_in_ten_minutes([(0.0, 5.0)]) == 0.0
+    samples = [(0.0, 5.0), (100.0, 90.0), *[(200.0, 95.0)] * 58, *steady]
+    assert slope_in_ten_minutes(samples, until=600.0) == pytest.approx(1.0)
+    assert slope_in_ten_minutes([(0.0, 5.0)], until=600.0) == 0.0
+
+
+def test_slope_ignores_the_end() -> None:
+    """Streams that all end at once answer with their last words: a burst of its own."""
+    samples = [(float(second), 100.0 + second / 600) for second in range(0, 600, 5)]
+    burst = [(float(second), 500.0) for second in range(601, 620, 5)]
+    assert slope_in_ten_minutes([*samples, *burst], until=600.0) == pytest.approx(1.0)
 
 
 def test_one_recording_makes_several() -> None:
