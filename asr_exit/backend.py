@@ -38,8 +38,13 @@ class Backend(Protocol):
     def log_mel(self, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-mel features (F, num_mels) of what `StreamingLogMel.take` gave of each stream."""
 
-    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray) -> list[State]:
-        """Log-mel features, per stream (F, num_mels) with F <= frames * subsampling -> states of T = `frames`."""
+    def subsample(
+        self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray, chunk_frames: int
+    ) -> list[State]:
+        """Log-mel features, per stream (F, num_mels) with F <= frames * subsampling -> states of T = `frames`.
+
+        `chunk_frames`: the longest chunk that these streams may ever send.
+        """
 
     def run(
         self,

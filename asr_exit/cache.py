@@ -219,22 +219,22 @@ class CachePool:
         slots: np.ndarray,
         frames: np.ndarray,
         chunk_frames: int,
-        rows: int | None = None,
-        whole_chunks: bool = False,
+        shape: tuple[int, int] | None = None,
+        masked: bool = False,
     ) -> tuple[FrameContext, BatchIndex, Tensor | None]:
         """Advance one segment's clocks over a chunk of (B,) slots, `frames` (B,) long; returns what its layers need.
 
         The layers get (B, T, D) with T the longest chunk; shorter ones are padded behind, and the last value returned
-        is where the real frames lie (see `real_frames`), None without padding. Every chunk starts on its own chunk
+        is where the real frames lie (see `real_frames`), None without such padding. Every chunk starts on its own chunk
         grid, so all its frames see the same keys and the mask is (B, 1, 1, W).
 
-        With `rows` the layers get so many rows, whatever the number of chunks; with `whole_chunks` T is `chunk_frames`,
-        whatever their length, and everything returned for them has a shape that these two decide.
+        With `shape` the layers get so many rows of so many frames, at least as many as there are. If `masked`, what
+        tells padding from frames is there without padding, too, so that `shape` decides that of everything returned.
         """
         cache, count = self.segments[segment], len(slots)
-        longest = chunk_frames if whole_chunks else int(frames.max())
-        padded = whole_chunks or int(frames.min()) < longest
-        if rows is not None:
+        rows, longest = (count, int(frames.max())) if shape is None else shape
+        padded = masked or int(frames.min()) < longest
+        if rows > count:
             slots = extended(slots, rows, self.spare_slot)
             frames = extended(frames, rows, 0 if padded else longest)
         start = cache.clock[slots]

@@ -194,7 +194,8 @@ class Engine:
             slots = np.array([stream.slot for stream, _ in members])
             features = self.backend.log_mel([samples for _, samples in members])
             lengths = [-(-len(values) // factor) for values in features]
-            states = self.backend.subsample(slots, features, np.array(lengths))
+            longest = max(stream.chunk_frames for stream, _ in members)
+            states = self.backend.subsample(slots, features, np.array(lengths), longest)
             for (stream, _), frames, state in zip(members, lengths, states, strict=True):
                 stream.current = Chunk(stream.chunks, stream.next_frame, frames, state)
                 stream.chunks += 1

@@ -89,8 +89,10 @@ class TorchBackend:
         return log_mels(samples, self._fast_log_mel)
 
     @torch.inference_mode()
-    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray) -> list[Tensor]:
-        longest = int(frames.max())
+    def subsample(
+        self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray, chunk_frames: int
+    ) -> list[Tensor]:
+        longest = int(frames.max()) if self.buckets is None else chunk_frames
         rows = self._rows_of(slots)
         padded = np.zeros((rows, longest * self.config.subsampling, self.config.features.num_mels), np.float32)
         for row, values in enumerate(features):
@@ -109,7 +111,8 @@ class TorchBackend:
         for row in np.flatnonzero(lengths < log_mel.shape[1]).tolist():
             batch[row, lengths[row] :] = 0.0
         index = self.pool.tensor(slots)
-        ends = self.pool.tensor(frames) if frames.min() < frames.max() else None
+        padded = frames.min() * self.config.subsampling < log_mel.shape[1]
+        ends = self.pool.tensor(frames) if padded else None
         states, tails = self.encoder.subsampling(batch.to(self.dtype), self.pool.swap_tails(index), ends)
         self.pool.swap_tails(index, tails)
         return states
@@ -133,8 +136,11 @@ class TorchBackend:
         want_evidence: bool,
         want_similarity: bool,
     ) -> tuple[list[Tensor], list[ExitScores] | None]:
-        whole = self.buckets is not None and self.buckets.whole_chunks
-        context, index, real = self.pool.begin(segment, slots, frames, chunk_frames, self._rows_of(slots), whole)
+        shape, masked = None, False
+        if self.buckets is not None:
+            shape = self.buckets.shape(len(slots), int(frames.max()), chunk_frames)
+            masked = self.buckets.whole_chunks
+        context, index, real = self.pool.begin(segment, slots, frames, chunk_frames, shape, masked)
         before = self._batch_of(states, real, context)
         if self._graphs is None:
             layers = self.pool.views(segment, index)
@@ -195,9 +201,10 @@ class TorchBackend:
         silence = np.zeros((length, features.num_mels), np.float32)
         for size in [size for size in self.buckets.sizes if size <= len(taken)]:
             slots, frames = np.array(taken[:size]), np.full(size, chunk_frames)
-            states = self.subsample(slots, [silence] * size, frames)
+            states = self.subsample(slots, [silence] * size, frames, chunk_frames)
             wanted = {"read": True, "want_log_probs": False, "want_evidence": True, "want_similarity": True}
             states, _ = self.run(0, slots, states, frames, chunk_frames, [None] * size, **wanted)
+            self.encoder.segments[-1].head.logits(self._newest[1])  # that of the first exit may have a hidden layer
             if self.config.num_exits > 1:
                 self.propagate(1, slots, [[state] for state in states], frames)
         for slot in taken:

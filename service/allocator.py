@@ -8,45 +8,64 @@ import gc
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEEP_BYTES = 256 << 20
 _LARGEST_HEAP_BLOCK_BYTES = 32 << 20  # glibc takes no more
+_RESERVED_BYTES = 60 << 20  # a thread's heap is 64 MB, and a step of 64 streams takes half of that
+_RESERVED_AT_ONCE_BYTES = 15 << 20
+_PIN_BYTES = 4096
 _keeps = False  # whether this process was told to
-_LOOKED_AT_WHEN_FREED_BYTES = 1 << 20  # glibc trims only when something of 64 KB or more is freed
 
 
-def keep_freed_memory() -> bool:
-    """Let the process keep up to 256 MB that it freed, for its next step.
+def keep_freed_memory(most_bytes: int = 256 << 20) -> bool:
+    """Let every thread keep up to `most_bytes` that were freed at the top of its heap, for its next step.
 
     By default glibc hands the top of the heap back to the system after each step and asks for it again in the next,
     page by page: over a thousand page faults in every step of 16 streams. Returns False where the C library is another
     one and nothing was changed.
     """
-    if not sys.platform.startswith("linux"):
+    library = _glibc()
+    if library is None:
         return False
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    options = {_M_MMAP_THRESHOLD: _LARGEST_HEAP_BLOCK_BYTES, _M_TRIM_THRESHOLD: _KEEP_BYTES}
+    options = {_M_MMAP_THRESHOLD: _LARGEST_HEAP_BLOCK_BYTES, _M_TRIM_THRESHOLD: most_bytes}
     global _keeps
-    _keeps = all(set_option(name, value) == 1 for name, value in options.items())
+    _keeps = all(library.mallopt(name, value) == 1 for name, value in options.items())
     return _keeps
+
+
+def reserve_heap() -> None:
+    """Let the calling thread keep what its steps free, whatever others may keep. To be called first of all on it.
+
+    glibc hands back nothing but the top of a heap, and a block that is never freed lies above what is reserved here.
+    That takes address space; memory only as steps use it, until `give_back_freed_memory`. Does nothing in a process
+    without `keep_freed_memory`.
+    """
+    library = _glibc()
+    if _keeps and library is not None:  # otherwise blocks of this size do not come from the heap
+        library.malloc.restype = ctypes.c_void_p
+        sizes = [_RESERVED_AT_ONCE_BYTES] * (_RESERVED_BYTES // _RESERVED_AT_ONCE_BYTES)
+        blocks = [library.malloc(ctypes.c_size_t(size)) for size in sizes]
+        library.malloc(ctypes.c_size_t(_PIN_BYTES))
+        for block in blocks:
+            library.free(ctypes.c_void_p(block))
 
 
 def give_back_freed_memory() -> None:
     """Hand what is kept for the next step back to the system after all; for a time when nobody waits.
 
-    To be called on the thread that made the steps: `malloc_trim` leaves the top of every arena but the main thread's
-    as it is, which glibc looks at only when something is freed there.
+    Not what `keep_freed_memory` lets other threads keep at the top of their heaps.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        library = ctypes.CDLL(None)
-        if _keeps:  # a process that did not ask for it keeps glibc's own threshold
-            library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-            library.mallopt(_M_TRIM_THRESHOLD, 0)
-            library.free(library.malloc(ctypes.c_size_t(_LOOKED_AT_WHEN_FREED_BYTES)))
-            library.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+    library = _glibc()
+    if library is not None:
         library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """A library of its own for every call, since the types of its functions are set."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            library = ctypes.CDLL(None)
+            if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+                return library
+    return None
 
 
 def spare_what_stays() -> None:

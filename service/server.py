@@ -22,7 +22,7 @@ from asr_exit.stream import StreamOptions
 from asr_exit.torch_backend import TorchBackend
 from service import wire
 from service.admission import Admission
-from service.allocator import give_back_freed_memory, spare_what_stays
+from service.allocator import give_back_freed_memory, reserve_heap, spare_what_stays
 from service.auth import Clients, TokenFile, TokenInterceptor
 from service.device import pick_device, pick_precision, usable_cores
 from service.engine_thread import EngineThread, Event
@@ -171,6 +171,7 @@ class SpeechServer:
 
     def _prepare(self, engine: Engine) -> None:
         """On the thread that runs the engine."""
+        reserve_heap()
         import torch
 
         torch.set_num_threads(self._config.model.threads)  # counts for the calling thread, and so do kernels

@@ -147,7 +147,9 @@ class EdgeBackend:
     def log_mel(self, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
         return log_mels(samples, lambda batch: windows_to_log_mel(batch, self.config.features))
 
-    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray) -> list[np.ndarray]:
+    def subsample(
+        self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray, chunk_frames: int
+    ) -> list[np.ndarray]:
         """Only normalises and pads; the subsampling itself is part of the first segment's graph."""
         states = []
         for values, count in zip(features, frames.tolist(), strict=True):

@@ -38,8 +38,10 @@ class Probe:
     def log_mel(self, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
         return self._inner.log_mel(samples)
 
-    def subsample(self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray) -> list[State]:
-        return list(self._timed(self._inner.subsample, slots, features, frames))
+    def subsample(
+        self, slots: np.ndarray, features: Sequence[np.ndarray], frames: np.ndarray, chunk_frames: int
+    ) -> list[State]:
+        return list(self._timed(self._inner.subsample, slots, features, frames, chunk_frames))
 
     def run(
         self,

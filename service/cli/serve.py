@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
+_KEPT_BY_A_THREAD_BYTES = 1 << 20  # beside the engines' own: gRPC's threads are many
+
 HELP = "serve gRPC until SIGTERM or Ctrl-C"
 _OPTIONS = {  # option -> table and key of the configuration
     "host": ("listen", "host"),
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     from service.server import run as serve
 
     logs.set_up(config.log)
-    keep_freed_memory()
+    keep_freed_memory(_KEPT_BY_A_THREAD_BYTES)
     device = pick_device(config.model.device)
     model = load(config.model.path or None, device)
 

@@ -19,46 +19,57 @@ from tests.service.test_session import opened, send_seconds, until
 _STEP = """
 import threading, psutil
 import numpy as np
-from service.allocator import give_back_freed_memory, keep_freed_memory
+from service.allocator import give_back_freed_memory, keep_freed_memory, reserve_heap
 
 def resident_mb():
     return psutil.Process().memory_info().rss / 1e6
 
+def step():
+    blocks = [np.ones(1 << 20, np.uint8) for _ in range(50)]
+
 def on_a_thread_of_its_own():
+    if RESERVE:
+        reserve_heap()
     before = resident_mb()
-    blocks = [np.ones(1 << 20, np.uint8) for _ in range(50)]
-    del blocks
-    kept = resident_mb() - before
+    print(before - at_first)
+    for _ in range(3):
+        step()
+        print(resident_mb() - before)
     give_back_freed_memory()
-    print(kept, resident_mb() - before)
-    blocks = [np.ones(1 << 20, np.uint8) for _ in range(50)]
-    del blocks
+    print(resident_mb() - before)
+    step()
     print(resident_mb() - before)
 
-assert KEEP is None or keep_freed_memory()
+assert KEEP is None or keep_freed_memory(1 << 20)
+at_first = resident_mb()
 thread = threading.Thread(target=on_a_thread_of_its_own)
 thread.start()
 thread.join()
 """
+glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's allocator")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's allocator")
-def test_freed_memory_is_kept_until_it_is_given_back() -> None:
-    kept, given_back, kept_again = kept_mb(_STEP.replace("KEEP", "True"))
-    assert kept > 40
-    assert given_back < 10
-    assert kept_again > 40
+@glibc_only
+def test_a_thread_with_a_reserve_keeps_what_it_frees_until_it_gives_it_back() -> None:
+    reserved, *kept, given_back, kept_again = kept_mb(reserve=True, keep=True)
+    assert reserved < 2
+    assert min(*kept, kept_again) > 45
+    assert given_back < 5
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's allocator")
-def test_a_process_that_was_not_told_to_keep_memory_does_not_begin_to_when_it_gives_some_back() -> None:
-    _, given_back, kept_again = kept_mb(_STEP.replace("KEEP", "None"))
-    assert given_back < 10
-    assert kept_again < 10
+@glibc_only
+def test_other_threads_keep_little() -> None:
+    assert max(kept_mb(reserve=False, keep=True)) < 5
 
 
-def kept_mb(script: str) -> list[float]:
-    """What it prints."""
+@glibc_only
+def test_a_process_that_was_not_told_to_keep_memory_reserves_none() -> None:
+    assert max(kept_mb(reserve=True, keep=None)) < 5
+
+
+def kept_mb(*, reserve: bool, keep: bool | None) -> list[float]:
+    """Megabytes that `_STEP` prints."""
+    script = _STEP.replace("RESERVE", str(reserve)).replace("KEEP", str(keep))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     return list(map(float, done.stdout.split()))
 

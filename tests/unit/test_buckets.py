@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from asr_exit import torch_backend
-from asr_exit.buckets import BatchBuckets
+from asr_exit.buckets import CPU_BUCKETS, BatchBuckets
 from asr_exit.checkpoint import Model
 from asr_exit.cuda_graphs import Outputs
 from asr_exit.engine import Engine
@@ -58,6 +58,17 @@ def states(engine: Engine, slots: list[int]) -> list[Tensor]:
 @pytest.mark.parametrize(("streams", "size"), [(1, 1), (3, 4), (4, 4), (9, 16), (17, 32), (33, 48)])
 def test_a_batch_gets_the_smallest_size_that_holds_it(streams: int, size: int) -> None:
     assert BatchBuckets((1, 4, 16)).size(streams) == size
+
+
+@pytest.mark.parametrize("longest", range(1, 17))
+def test_batches_of_short_chunks_have_as_many_frames_as_some_size(longest: int) -> None:
+    for streams in range(1, 130):
+        rows, frames = CPU_BUCKETS.shape(streams, longest, 16)
+        assert streams <= rows
+        assert longest <= frames < 2 * longest
+        assert rows * frames % 8 == 0
+        assert rows * frames // 8 in CPU_BUCKETS.sizes
+        assert rows * frames <= 1.25 * 8 * -(-streams * frames // 8)
 
 
 @pytest.mark.parametrize("sizes", [(), (0, 1), (4, 2), (2, 2), (1, 2.5), ("1",)], ids=str)

@@ -39,7 +39,7 @@ def test_masks_are_those_of_the_offline_pass(chunk_frames: int) -> None:
             streams.leave_hole(0, members, frames)
             continue
         start = streams.segments[0].clock[members]
-        context, _, _ = streams.begin(0, members, frames, chunk_frames, rows=len(members) + 1)
+        context, _, _ = streams.begin(0, members, frames, chunk_frames, (len(members) + 1, chunk_frames))
         held = torch.from_numpy(streams.segments[0].positions[members])
         seen = visible(torch.from_numpy(start[:, None]), held, chunk_frames, CONFIG.left_context_frames)
         assert context.mask is not None

@@ -62,7 +62,7 @@ class Run:
                 context, layers, last = self.pool.begin_filling(index, slots, lengths, rows, len(skipped))
                 segment.propagate(skipped[None], context, layers, skipped[torch.from_numpy(last)])
                 continue
-            context, places, _ = self.pool.begin(index, slots, lengths, CHUNK, rows)
+            context, places, _ = self.pool.begin(index, slots, lengths, CHUNK, (rows, max(frames)))
             batch, scores = segment(batch, context, self.pool.views(index, places))
             logits.append(scores[:count].float())
         return logits
@@ -310,7 +310,8 @@ def test_subsampling_is_that_of_torch(model: Model, monkeypatch: pytest.MonkeyPa
         features = [rng.normal(8.0, 3.0, (length, 80)).astype(np.float32) for length in lengths]
         frames = np.array([-(-length // 8) for length in lengths])
         ours, theirs = (
-            backend.subsample(places, features, frames) for backend, places in zip((fused, plain), slots, strict=True)
+            backend.subsample(places, features, frames, CHUNK)
+            for backend, places in zip((fused, plain), slots, strict=True)
         )
         for mine, other, count in zip(ours, theirs, frames, strict=True):
             assert mine.shape == other.shape == (count, model.config.d_model)
