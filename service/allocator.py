@@ -48,11 +48,13 @@ def reserve_heap() -> None:
             library.free(ctypes.c_void_p(block))
 
 
-def give_back_freed_memory() -> None:
-    """Hand what is kept for the next step back to the system after all; for a time when nobody waits.
+def give_back_freed_memory(idle: bool) -> None:
+    """Hand what is kept for the next step back to the system after all; if `idle`, with what only cycles still hold.
 
     Not what `keep_freed_memory` lets other threads keep at the top of their heaps.
     """
+    if idle:
+        gc.collect()
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)

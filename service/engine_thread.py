@@ -49,14 +49,14 @@ class EngineThread:
         batching: Batching | None = None,
         metrics: Metrics | None = None,
         prepare: Callable[[], None] | None = None,
-        tidy: Callable[[], object] | None = None,
+        tidy: Callable[[bool], object] | None = None,
         turns: Turns | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Nobody else may touch `engine`.
 
-        Called on this thread: `post`; `prepare` at its start; `tidy` between steps, once the last of the streams is
-        gone and no other came for a while, and now and then before; `turns` around steps.
+        Called on this thread: `post`; `prepare` at its start; `tidy` between steps, with True once the last of the
+        streams is gone and no other came for a while, with False now and then before; `turns` around steps.
         """
         self._engine = engine
         self._post = post
@@ -187,7 +187,7 @@ class EngineThread:
         idle = not self._feeds and self._tidy_at is not None and now >= self._tidy_at
         if idle or (self._feeds and now >= self._tidied_at + _TIDY_EVERY_S):
             self._tidied_at, self._tidy_at = now, None
-            self._tidy()
+            self._tidy(idle)
 
     def _carry_out(self, feed: Feed, commands: list[Command]) -> None:
         for kind, group in groupby(commands, type):

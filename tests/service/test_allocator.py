@@ -35,7 +35,7 @@ def on_a_thread_of_its_own():
     for _ in range(3):
         step()
         print(resident_mb() - before)
-    give_back_freed_memory()
+    give_back_freed_memory(False)
     print(resident_mb() - before)
     step()
     print(resident_mb() - before)
@@ -75,14 +75,14 @@ def kept_mb(*, reserve: bool, keep: bool | None) -> list[float]:
 
 
 @asynccontextmanager
-async def tidying() -> AsyncIterator[tuple[EngineThread, list[int]]]:
-    """An engine thread, and how many streams there were each time it tidied."""
-    tidied: list[int] = []
+async def tidying() -> AsyncIterator[tuple[EngineThread, list[tuple[bool, int]]]]:
+    """An engine thread, and whether it was idle and how many streams there were each time it tidied."""
+    tidied: list[tuple[bool, int]] = []
     engine = FakeEngine()
     thread = EngineThread(
         engine,  # type: ignore[arg-type]
         poster(asyncio.get_running_loop()),
-        tidy=lambda: tidied.append(len(engine.streams)),
+        tidy=lambda idle: tidied.append((idle, len(engine.streams))),
     )
     thread.start()
     try:
@@ -98,9 +98,9 @@ async def test_the_thread_tidies_up_when_the_last_stream_is_gone() -> None:
         await asyncio.sleep(0.4)
         assert tidied == []
         second.close()
-        await until(lambda: tidied == [0])
+        await until(lambda: tidied == [(True, 0)])
         await asyncio.sleep(0.3)
-        assert tidied == [0]
+        assert tidied == [(True, 0)]
 
 
 async def test_a_thread_that_is_never_idle_tidies_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,4 +111,4 @@ async def test_a_thread_that_is_never_idle_tidies_now_and_then(monkeypatch: pyte
             await send_seconds(session, 1)
             await asyncio.sleep(0.05)
         assert 2 <= len(tidied) <= 5
-        assert set(tidied) == {1}
+        assert set(tidied) == {(False, 1)}
