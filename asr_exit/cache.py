@@ -271,13 +271,14 @@ class CachePool:
         halo = max(1, self._by_layer[2].shape[2])
         kept, ends = np.minimum(frames, halo), frames.cumsum()
         longest = int(kept.max())
-        last = np.minimum((ends - kept)[:, None] + np.arange(longest), ends[:, None] - 1)
-        last = np.concatenate((last, np.zeros((rows - len(slots), longest), last.dtype)))
+        last = np.zeros((rows, longest), np.int64)
+        np.minimum((ends - kept)[:, None] + np.arange(longest), ends[:, None] - 1, out=last[: len(slots)])
         uneven = kept.min() < longest
         index = BatchIndex(
             self.tensor(extended(slots, rows, self.spare_slot)),
             self.tensor(extended(cells, total, self.spare_cell)),
             self._kept(extended(kept, rows, longest), longest) if uneven else None,
+            extended(kept, rows, longest),
         )
         cos, sin = self._rotary(extended(positions, total, 0)[None])
         return FrameContext(cos, sin, None, None), self.views(segment, index), last
@@ -308,10 +309,8 @@ class CachePool:
     def _rotary(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         """`attention.rotary` of (B, T) frames."""
         if positions.max() < len(self._cos):
-            places = self.tensor(positions.reshape(-1))
-            found = (table.index_select(0, places) for table in (self._cos, self._sin))
-            cos, sin = (values.unflatten(0, positions.shape) for values in found)
-            return cos, sin
+            places, shape = self.tensor(positions.reshape(-1)), (*positions.shape, *self._cos.shape[1:])
+            return self._cos.index_select(0, places).view(shape), self._sin.index_select(0, places).view(shape)
         cos, sin = rotary(torch.from_numpy(positions), self.config.d_model // self.config.num_heads, self.dtype)
         return to_device(cos, self.device), to_device(sin, self.device)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
 from asr_exit.config import FeatureConfig
 from asr_exit.features import ENERGY_FLOOR, mel_filterbank, scaled_window
+
+_TOGETHER = 16  # filters
 
 
 class Float32LogMel:
@@ -44,7 +48,7 @@ class FusedLogMel:
 
         self._kernels, self._config = front_kernels, config
         self._window = scaled_window(config).astype(np.float32)
-        self._filters = torch.from_numpy(mel_filterbank(config)).float()
+        self._bands = list(_bands(torch.from_numpy(mel_filterbank(config)).float()))
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """(B, N) float32 -> (B, T, num_mels) float32."""
@@ -53,7 +57,21 @@ class FusedLogMel:
         padded = torch.empty(len(samples), frames, config.fft_size)
         self._kernels.windows(samples, self._window, config.hop_samples, np.float32(config.preemphasis), padded.numpy())
         spectrum = torch.view_as_real(torch.fft.rfft(padded)).view(len(samples) * frames, -1)
-        power = spectrum.new_empty(len(spectrum), len(self._filters))
+        power = spectrum.new_empty(len(spectrum), spectrum.shape[1] // 2)
         self._kernels.power(spectrum.numpy(), power.numpy())
-        energies = (power @ self._filters).clamp_min_(ENERGY_FLOOR).log_()
-        return energies.view(len(samples), frames, -1).numpy()
+        energies = power.new_empty(len(power), config.num_mels)
+        for first, low, high, filters in self._bands:
+            torch.mm(power[:, low:high], filters, out=energies[:, first : first + _TOGETHER])
+        return energies.clamp_min_(ENERGY_FLOOR).log_().view(len(samples), frames, -1).numpy()
+
+
+def _bands(filters: torch.Tensor) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+    """(K, num_mels) filters, a few at a time: the first one's number, the range of bins that they see, their part.
+
+    A filter sees one bin in forty. The products of all parts take half of the time of one over all bins.
+    """
+    for first in range(0, filters.shape[1], _TOGETHER):
+        part = filters[:, first : first + _TOGETHER]
+        seen = part.any(dim=1).nonzero()
+        low, high = int(seen.min()), int(seen.max()) + 1
+        yield first, low, high, part[low:high].contiguous()

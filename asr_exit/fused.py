@@ -190,14 +190,17 @@ class _FusedSegment:
         assert last is not None, "skipped frames come in a row"
         given, normed = as_bits(x[0]), torch.empty_like(x[0])
         cos, sin = (as_bits(part.reshape(len(given), -1)) for part in (context.cos, context.sin))
-        _, cells, _ = cast(LayerView, states[0]).index.on_host(1)
+        latest = last.flatten(0, 1)
+        ends, normed_ends = as_bits(latest), torch.empty_like(latest)
+        slots, cells, frames = cast(LayerView, states[0]).index.on_host(last.shape[1])
         for block, state in zip(self._blocks, states, strict=True):
-            norm = block.norms[1]
-            keys, values, _ = cast(LayerView, state).cache.bits
-            self._kernels.norm(given, norm.gamma, norm.beta, as_bits(normed))
+            _, before_attention, before_conv, _ = block.norms
+            keys, values, conv = cast(LayerView, state).cache.bits
+            self._kernels.norm(given, before_attention.gamma, before_attention.beta, as_bits(normed))
             projected = as_bits(block.block.attention.keys_values(normed))
             self._kernels.store(projected, cells, cos, sin, keys, values)
-            state.set_conv(block.block.conv.gated(block.block.conv_norm(last)))
+            self._kernels.norm(ends, before_conv.gamma, before_conv.beta, as_bits(normed_ends))
+            self._kernels.keep(as_bits(block.block.conv.expand(normed_ends)), slots, frames, conv)
 
 
 def measured(logits: Tensor, before: Tensor | None, after: Tensor, want_evidence: bool) -> list[np.ndarray]:

@@ -139,6 +139,31 @@ def convolve(expanded, slots, frames, state, taps, bias, gamma, beta, out):
                 place[d] = as_bf16(value * sigmoid(value))
 
 
+@compiled
+def keep(expanded, slots, frames, state):
+    """What `convolve` would leave in `state` of frames that it never sees.
+
+    Args:
+        expanded: (N, 2 * D) bf16. slots: (B,) of the streams; the last slot of `state` is nobody's.
+        frames: (B,) real frames of each row; what follows them is padding. state: (S, h, D) bf16, brought up to date.
+    """
+    wide()
+    halo, width = state.shape[1:]
+    longest = len(expanded) // len(slots)
+    for b in range(len(slots)):
+        slot, count = slots[b], min(frames[b], halo)
+        if slot == len(state) - 1:
+            continue
+        for j in range(halo - count):
+            for d in range(width):
+                state[slot, j, d] = state[slot, j + count, d]
+        first = b * longest + frames[b] - count
+        for j in range(count):
+            given, gates, place = expanded[first + j], expanded[first + j, width:], state[slot, halo - count + j]
+            for d in range(width):
+                place[d] = as_bf16(as_fp32(given[d]) * sigmoid(as_fp32(gates[d])))
+
+
 @numba.njit(inline="always")
 def _rotate(given, first, half, cos, sin, scale, out):
     """`attention.rotate` of one head, times `scale`: 2 * `half` numbers from `first` on, bf16 to fp32."""

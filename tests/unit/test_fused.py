@@ -297,6 +297,30 @@ def test_gates_and_offline_passes_stay_with_torch() -> None:
             assert torch.equal(ours.logits[-1], theirs.logits[-1])
 
 
+@pytest.mark.parametrize("halo", [0, 1, 5])
+def test_skipped_frames_leave_the_very_state_that_convolved_ones_do(halo: int) -> None:
+    rng, width, streams = np.random.default_rng(halo), 32, 6
+
+    def random(*shape: int) -> np.ndarray:
+        return as_bits(torch.from_numpy(rng.normal(size=shape)).bfloat16())
+
+    frames, slots = np.array([8, 5, 4, 1, 8, 8]), np.array([3, 0, 5, 1, 2, 7])  # the last row is padding
+    expanded, before = random(streams * CHUNK, 2 * width), random(8, halo, width)
+    convolved, kept = before.copy(), before.copy()
+    weights = (np.ones((n, width), np.float32).squeeze() for n in (1, 1, 1))
+    taps = np.ones((2 * halo + 1, width), np.float32)
+    kernels.convolve(expanded, slots, frames, convolved, taps, *weights, np.empty((streams * CHUNK, width), np.uint16))
+    kernels.keep(expanded, slots, frames, kept)
+    assert np.array_equal(kept, convolved)
+    assert np.array_equal(kept[7], before[7])
+    assert halo == 0 or not np.array_equal(kept, before)
+    ends = np.minimum(frames, max(1, halo))  # the same of the last frames of each row alone, as `propagate` has them
+    longest = int(ends.max())
+    places = np.minimum((frames - ends)[:, None] + np.arange(longest), CHUNK - 1) + CHUNK * np.arange(streams)[:, None]
+    kernels.keep(np.ascontiguousarray(expanded[places.ravel()]), slots, ends, before)
+    assert np.array_equal(before, convolved)
+
+
 @pytest.mark.skipif(not can_pack(), reason="this processor does not multiply bf16: nothing is fused")
 def test_subsampling_is_that_of_torch(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of different lengths, the last ones with a part of a frame; fewer streams than rows of a batch."""
@@ -350,7 +374,7 @@ def test_warming_up_compiles_all_that_streams_ever_use(model: Model) -> None:
     backend = model.in_precision("bf16").backend(6, "cpu")
     backend.warm_up(CHUNK, 6)
     before = variants()
-    wanted = {"attend", "convolve", "first_stage", "windows", "store", "norm", "posteriors", "likeness"}
+    wanted = {"attend", "convolve", "first_stage", "windows", "store", "keep", "norm", "posteriors", "likeness"}
     assert wanted <= {name for name, n in before.items() if n}
     engine = Engine(model.in_precision("bf16"), slots=6, backend=backend)
     layers = model.config.exit_layers
