@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from asr_exit.ctc import CtcDecoder, CtcState
 from asr_exit.endpoint import EndpointRule
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 _LAST_WORD_STAYS = (0.51, 0.58, 0.72, 0.91, 0.92, 1.0)
 
 
-@dataclass(frozen=True)
-class Caption:
+class Caption(NamedTuple):
     """Text of the current utterance."""
 
     committed: str
@@ -109,7 +108,7 @@ class Captions:
         limit: int | None = None
         if self._revisable:
             limit = max(0, self._num_settled_words() - 1)
-        elif view.num_stable_tokens < sum(word.num_tokens for word in words):
+        elif view.num_stable_tokens < self._reader.num_tokens:
             limit = stable_word_count(view.tokens(), view.num_stable_tokens, self._pieces)
         committed, tail = split_stable(words, view.trailing_blank_frames, stable_words=limit)
         stability = _stability(words, tail if limit is not None else (), view.trailing_blank_frames)

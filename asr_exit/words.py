@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -75,19 +76,26 @@ class WordReader:
         self._pieces, self._frame_ms = pieces, frame_ms
         self._tokens: tuple[TokenSpan, ...] = ()
         self._words: tuple[Word, ...] = ()
+        self._ends: list[int] = []  # tokens up to and including each word
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all that was read."""
+        return self._ends[-1] if self._ends else 0
 
     def read(self, tokens: tuple[TokenSpan, ...]) -> tuple[Word, ...]:
         """Words of `tokens`, the first of which are mostly the same objects as those read before. Errors as there."""
-        same = _num_equal(self._tokens, tokens)
-        kept, used, end = 0, 0, 0
-        for count, word in enumerate(self._words[:-1], 1):  # the last one may grow
-            end += word.num_tokens
-            if end >= same:
-                break
-            if self._pieces[tokens[end].id] != WORD_START:  # a bare one may yet be counted to the word before it
-                kept, used = count, end
-        self._tokens = tokens
-        self._words = self._words[:kept] + words_from_tokens(tokens[used:], self._pieces, self._frame_ms)
+        ends = self._ends
+        kept = bisect_left(ends, _num_equal(self._tokens, tokens), hi=max(0, len(ends) - 1))  # the last one may grow
+        while kept and self._pieces[tokens[ends[kept - 1]].id] == WORD_START:
+            kept -= 1  # a bare one may yet be counted to the word before it
+        used = ends[kept - 1] if kept else 0
+        new = words_from_tokens(tokens[used:], self._pieces, self._frame_ms)
+        self._tokens, self._words = tokens, self._words[:kept] + new
+        del ends[kept:]
+        for word in new:
+            used += word.num_tokens
+            ends.append(used)
         return self._words
 
 
@@ -102,7 +110,7 @@ def _num_equal(before: tuple[TokenSpan, ...], after: tuple[TokenSpan, ...]) -> i
 
 def text_from_words(words: Iterable[Word]) -> str:
     """The words, one space between them."""
-    return " ".join(word.text for word in words)
+    return " ".join([word.text for word in words])
 
 
 def stable_word_count(tokens: Sequence[TokenSpan], num_stable_tokens: int, pieces: Sequence[str]) -> int:
