@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Event = Callable[[], None]
 _TIDY_AFTER_S = 0.2  # with no stream left
 _TIDY_EVERY_S = 60.0  # with streams: what one hour's largest step needed is not kept for the next hour
+_RESTED = 0.25  # share of a second that the engine waited: then there is time to take turns
 _PUT_BY_S = 0.5  # audio that completes no chunk lies around undecoded for so long, at most twice that
 _MOST_PUT_BY = 16  # messages of a stream
 
@@ -66,6 +67,7 @@ class EngineThread:
         self._prepare, self._tidy, self._turns = prepare, tidy, turns
         self._tidy_at: float | None = None  # when to tidy if no stream comes
         self._tidied_at = clock()
+        self._rests, self._waited_s, self._waited_since = True, 0.0, clock()
         self.clock = clock
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -162,7 +164,9 @@ class EngineThread:
                     wait_s = self._tidy_at - self.clock()
                     if wait_s <= 0.0:
                         break
+                begin = self.clock()
                 self._wake.wait(wait_s)
+                self._waited_s += self.clock() - begin
             if self._stopping:
                 return False
             batch = [(feed, feed.commands) for feed in self._waiting]
@@ -258,7 +262,11 @@ class EngineThread:
             feed.pace.arrived(len(part.data) / feed.input.bytes_per_second, part.arrived_at)
 
     def _take_turn(self, streams: list[Stream]) -> None:
-        if self._turns is None:
+        now = self.clock()
+        if (passed := now - self._waited_since) >= 1.0:
+            self._rests = self._waited_s >= _RESTED * passed
+            self._waited_s, self._waited_since = 0.0, now
+        if self._turns is None or not self._rests:  # a loop that is kept waiting then would not see how late audio is
             self._step(streams)
             return
         posted = False

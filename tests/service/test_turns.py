@@ -17,11 +17,13 @@ from asr_exit.checkpoint import Model
 from asr_exit.recognizer import Recognizer
 from service.background import BackgroundServer
 from service.client import Caption, SpeechClient, StreamSettings
+from service.engine_thread import EngineThread
 from service.event_loop import EventLoop, RationedSelector, run
 from service.server import poster
 from service.turns import Turns
 from tests.conftest import babble
 from tests.service.conftest import parts, pcm16, serve_config
+from tests.service.fake_engine import FakeEngine
 
 
 def as_heard(seed: int) -> np.ndarray:
@@ -123,6 +125,20 @@ def test_an_engine_goes_on_when_its_answers_are_out() -> None:
     run(main())
     assert order == [f"{what} {number}" for number in range(5) for what in ("step", "answer")]
     assert sorted(took)[2] < 0.01
+
+
+def test_an_engine_that_hardly_rests_takes_no_turns() -> None:
+    """Otherwise messages would be noticed late on a busy server, and nobody would know that it is overloaded."""
+    begun, now = [], 0.0
+    turns = Turns(1)
+    turns.begin = lambda: begun.append(now)  # type: ignore[method-assign]
+    turns.end = lambda posted: None  # type: ignore[method-assign]
+    thread = EngineThread(FakeEngine(), lambda events: None, turns=turns, clock=lambda: now)  # type: ignore[arg-type]
+    for second, waited_s in enumerate((0.0, 0.1, 0.1, 0.5, 0.2)):
+        now = float(second)
+        thread._waited_s = waited_s
+        thread._take_turn([])
+    assert begun == [0.0, 3.0]
 
 
 @pytest.mark.parametrize("cores", [1, 2])
