@@ -266,7 +266,8 @@ class EngineThread:
         if (passed := now - self._waited_since) >= 1.0:
             self._rests = self._waited_s >= _RESTED * passed
             self._waited_s, self._waited_since = 0.0, now
-        if self._turns is None or not self._rests:  # with turns an overloaded server noticed nothing: audio seemed in time
+        # with turns an overloaded server noticed nothing: audio seemed to be in time
+        if self._turns is None or not self._rests:
             self._step(streams)
             return
         posted = False
