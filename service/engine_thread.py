@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 Event = Callable[[], None]
 _TIDY_AFTER_S = 0.2  # with no stream left
 _TIDY_EVERY_S = 60.0  # with streams: what one hour's largest step needed is not kept for the next hour
-_RESTED = 0.25  # share of a second that the engine waited: then there is time to take turns
 _PUT_BY_S = 0.5  # audio that completes no chunk lies around undecoded for so long, at most twice that
 _MOST_PUT_BY = 16  # messages of a stream
 
@@ -67,7 +66,6 @@ class EngineThread:
         self._prepare, self._tidy, self._turns = prepare, tidy, turns
         self._tidy_at: float | None = None  # when to tidy if no stream comes
         self._tidied_at = clock()
-        self._rests, self._waited_s, self._waited_since = True, 0.0, clock()
         self.clock = clock
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -102,6 +100,9 @@ class EngineThread:
         Without `wake` it may wait for a second, until there is more to do: for audio that completes no chunk. So may
         all audio of a stream whose chunk before has not been answered. What makes up a chunk is so decoded in one go.
         """
+        if self._turns is not None and isinstance(command, Audio):
+            self._turns.heard(command.arrived_at - feed.heard_at)
+            feed.heard_at = command.arrived_at
         with self._lock:
             if self._stopping:
                 return
@@ -164,9 +165,7 @@ class EngineThread:
                     wait_s = self._tidy_at - self.clock()
                     if wait_s <= 0.0:
                         break
-                begin = self.clock()
                 self._wake.wait(wait_s)
-                self._waited_s += self.clock() - begin
             if self._stopping:
                 return False
             batch = [(feed, feed.commands) for feed in self._waiting]
@@ -239,10 +238,9 @@ class EngineThread:
         if isinstance(command, Open):
             feed.stream = self._engine.open(feed.options)
             self._feeds[feed.stream] = feed
-            self._events.append(feed.listener.on_opened)
             return
         stream = feed.stream
-        assert stream is not None, "commands other than Open are submitted only after on_opened"
+        assert stream is not None, "Open is submitted first"
         if isinstance(command, Flush):
             self._engine.flush(stream)
         elif isinstance(command, Finish):
@@ -255,19 +253,14 @@ class EngineThread:
         """Decode what has arrived in one go."""
         if feed.abandoned:
             return
-        assert feed.stream is not None, "audio is submitted only after on_opened"
+        assert feed.stream is not None, "Open is submitted first"
         data = parts[0].data if len(parts) == 1 else b"".join(part.data for part in parts)
         self._engine.push(feed.stream, feed.input.push(data))
         for part in parts:
             feed.pace.arrived(len(part.data) / feed.input.bytes_per_second, part.arrived_at)
 
     def _take_turn(self, streams: list[Stream]) -> None:
-        now = self.clock()
-        if (passed := now - self._waited_since) >= 1.0:
-            self._rests = self._waited_s >= _RESTED * passed
-            self._waited_s, self._waited_since = 0.0, now
-        # with turns an overloaded server noticed nothing: audio seemed to be in time
-        if self._turns is None or not self._rests:
+        if self._turns is None:
             self._step(streams)
             return
         posted = False

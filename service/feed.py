@@ -58,9 +58,6 @@ Command = Open | Audio | SetBudget | Flush | Finish | Close
 class Listener(Protocol):
     """Where a stream's events go; called on the event loop, in order."""
 
-    def on_opened(self) -> None:
-        """A slot was taken."""
-
     def on_room(self) -> None:
         """Commands were carried out; only called while `Feed.awaited`."""
 
@@ -72,9 +69,6 @@ class Listener(Protocol):
 
 
 class _Nobody:
-    def on_opened(self) -> None:
-        pass
-
     def on_room(self) -> None:
         pass
 
@@ -91,7 +85,7 @@ NOBODY: Listener = _Nobody()  # listens to the streams whose sessions are closed
 class Feed:
     """Belongs to the engine thread, but for what its lock guards: `commands`, `called`, `put_by_until` and `served`.
 
-    `abandoned`, `awaited` and `listener` are set by the event loop.
+    `abandoned`, `awaited`, `heard_at` and `listener` are set by the event loop.
     """
 
     def __init__(self, options: StreamOptions, audio: AudioFormat, listener: Listener) -> None:
@@ -107,6 +101,7 @@ class Feed:
         # thread sets it without the lock, for a moment too late costs a look too many; it clears it with the lock.
         self.served = False
         self.abandoned = False  # do not spend time on audio that is still queued
+        self.heard_at = float("-inf")  # when the last audio came
         self.consumed = 0  # commands carried out
         self.awaited = False  # the listener waits until more of them are
         self.stream: Stream | None = None

@@ -58,8 +58,8 @@ class Reception:
     async def stream(self, context: grpc.aio.ServicerContext, request: StreamRequest) -> AsyncIterator[Session]:
         """A session for one call, closed and accounted for when the block ends, however it ends.
 
-        The trailing metadata of the call gets `x-stream-id`, the id that log lines carry. Raises StreamError: draining,
-        not admitted, or options that this model cannot meet.
+        The trailing metadata of the call gets `x-stream-id`, the id that log lines carry. Raises StreamError: draining
+        or not admitted.
         """
         if self._draining:
             self._metrics.refused("draining")
@@ -78,7 +78,7 @@ class Reception:
                 release = partial(self._admission.release, ticket)
                 session = Session(request, ticket.worker, self._limits, on_final=on_final, on_slot_free=release)
                 self._sessions.add(session)
-                await session.open()
+                session.open()
                 yield session
             except asyncio.CancelledError:
                 code = grpc.StatusCode.CANCELLED

@@ -37,7 +37,7 @@ from service.reception import Reception
 from service.riva import RivaServicer
 from service.servicer import SpeechServicer
 from service.tls import server_credentials
-from service.turns import Turns
+from service.turns import PromptCalls, Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,8 +104,11 @@ class SpeechServer:
         self.servicer = SpeechServicer(self._model, self.reception, self._config, description, self._language_model)
         riva = RivaServicer(self._model, self._config.stream, self.servicer, choices)
         self._health = health.aio.HealthServicer()
+        interceptors: list[grpc.aio.ServerInterceptor] = [PromptCalls(turns)] if turns else []
+        if self._tokens:
+            interceptors.append(TokenInterceptor(self._tokens, self.metrics.refused))
         self._server = grpc.aio.server(
-            interceptors=[TokenInterceptor(self._tokens, self.metrics.refused)] if self._tokens else None,
+            interceptors=interceptors,
             options=[
                 ("grpc.max_receive_message_length", _TRANSPORT_LIMIT_BYTES),
                 ("grpc.keepalive_time_ms", 20_000),  # a client that vanished without a word is noticed

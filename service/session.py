@@ -64,7 +64,6 @@ class Session:
         self._feed = Feed(request.options, request.audio, self)
         self._unpacker = None if request.audio.is_raw else Unpacker(request.audio)
         self._outbox = Outbox(interim_results=request.interim_results, unread_chunks=limits.unread_chunks)
-        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._room: asyncio.Future[None] | None = None  # what audio waits for when there is none
         self._submitted_commands = 0
         self._received_bytes = 0  # of samples, on their way to the engine
@@ -81,17 +80,16 @@ class Session:
         """Audio recognised so far, seconds."""
         return self._processed_s
 
-    async def open(self) -> None:
-        """Takes a slot. Raises StreamError when there is none or the options do not fit the model."""
+    def open(self) -> None:
+        """Takes a slot; audio may follow at once. `receive` raises when there is none or the model cannot do that."""
         self._submit(Open())
-        await self._opened
 
     def pass_on(self, data: bytes) -> bool:
         """As `send_audio` for a message as most are: raw, short, and with room for it; False = it is not.
 
         A call instead of three coroutines: a busy server does this a thousand times a second.
         """
-        if self._unpacker is not None or not 0 < len(data) <= self._slice_bytes or self._ended or self._full:
+        if self._unpacker is not None or not 0 < len(data) <= self._slice_bytes or self._ended or self._is_full():
             return False
         self._heard_nothing = False
         self._submit_audio(data, self._engine.clock())
@@ -115,7 +113,9 @@ class Session:
 
     async def end_audio(self) -> None:
         """No more audio will come: sends what a container still holds back, then finishes. Raises StreamError."""
-        if self._unpacker is not None and not self._heard_nothing:
+        if self._heard_nothing:
+            await self._wait_while(self._has_queued)  # what is wrong with the stream itself is told first
+        elif self._unpacker is not None:
             await self._send_unpacked(self._unpacker.finish, self._unpacker, self._engine.clock())
         self.finish()
 
@@ -134,7 +134,7 @@ class Session:
 
     async def _send_samples(self, data: bytes, arrived_at: float) -> None:
         for start in range(0, len(data), self._slice_bytes):
-            await self._wait_for_room()
+            await self._wait_while(self._is_full)
             self._submit_audio(data[start : start + self._slice_bytes], arrived_at)
 
     def _submit_audio(self, data: bytes, arrived_at: float) -> None:
@@ -150,7 +150,7 @@ class Session:
 
     async def flush(self) -> None:
         """Ends the utterance with what has arrived; a final result follows, even without words."""
-        await self._wait_for_room()
+        await self._wait_while(self._is_full)
         self._submit(Flush())
 
     def set_budget(self, budget: Budget) -> None:
@@ -191,11 +191,6 @@ class Session:
             self._on_slot_free()
             self._look_again()
 
-    def on_opened(self) -> None:
-        """See Listener."""
-        if not self._opened.done():
-            self._opened.set_result(None)
-
     def on_room(self) -> None:
         """See Listener."""
         self._look_again()
@@ -212,8 +207,6 @@ class Session:
 
     def on_failed(self, error: BaseException) -> None:
         """See Listener."""
-        if not self._opened.done():
-            self._opened.set_exception(to_stream_error(error))
         self.fail(error)
 
     def _submit(self, command: Command, wake: bool = True) -> None:
@@ -224,10 +217,10 @@ class Session:
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
-    async def _wait_for_room(self) -> None:
-        """For one task at a time."""
+    async def _wait_while(self, condition: Callable[[], bool]) -> None:
+        """For one task at a time. Raises StreamError when the stream has ended."""
         self._feed.awaited = True  # before the look, so that what is carried out after it is told
-        while not self._ended and self._full:
+        while not self._ended and condition():
             self._room = asyncio.get_running_loop().create_future()
             await self._room
         self._feed.awaited = False
@@ -238,8 +231,10 @@ class Session:
     def _unprocessed_s(self) -> float:
         return self._received_bytes / self._bytes_per_second - self._processed_s
 
-    @property
-    def _full(self) -> bool:
+    def _has_queued(self) -> bool:
+        return self._submitted_commands > self._feed.consumed
+
+    def _is_full(self) -> bool:
         return (
             self._unprocessed_s >= self._limits.backlog_s
             or self._submitted_commands - self._feed.consumed >= _MAX_QUEUED_COMMANDS

@@ -49,7 +49,7 @@ def request(**changes: object) -> StreamRequest:
 
 async def opened(thread: EngineThread, limits: LimitsConfig | None = None, **changes: object) -> Session:
     session = Session(request(**changes), thread, limits or LimitsConfig())
-    await session.open()
+    session.open()
     return session
 
 
@@ -297,7 +297,7 @@ async def test_full_then_free_again() -> None:
     async with running(engine) as thread:
         first = await opened(thread)
         with pytest.raises(StreamError, match="try again later") as caught:
-            await opened(thread)
+            await (await opened(thread)).receive()
         assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         first.close()
         first.close()

@@ -10,15 +10,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from asr_exit.checkpoint import Model
 from asr_exit.recognizer import Recognizer
+from asr_exit.stream import StreamOptions
+from service.audio_input import AudioFormat
 from service.background import BackgroundServer
 from service.client import Caption, SpeechClient, StreamSettings
 from service.engine_thread import EngineThread
 from service.event_loop import EventLoop, RationedSelector, run
+from service.feed import NOBODY, Audio, Feed, Flush, Open
 from service.server import poster
 from service.turns import Turns
 from tests.conftest import babble
@@ -82,7 +87,7 @@ def test_but_not_for_ever_and_not_beyond_a_timer(selector: RationedSelector) -> 
     selector.turns = Turns(1)
     with in_a_step(selector.turns, 0.3):
         assert looks(selector, 0.02) < 0.05
-        assert 0.08 < looks(selector) < 0.15
+        assert 0.03 < looks(selector) < 0.1
 
 
 def test_an_engine_without_a_step_keeps_the_loop_looking(selector: RationedSelector) -> None:
@@ -127,18 +132,44 @@ def test_an_engine_goes_on_when_its_answers_are_out() -> None:
     assert sorted(took)[2] < 0.01
 
 
-def test_an_engine_that_hardly_rests_takes_no_turns() -> None:
-    """Otherwise messages would be noticed late on a busy server, and nobody would know that it is overloaded."""
-    begun, now = [], 0.0
+@pytest.mark.parametrize("heard_s", [None, 1.0, 0.02])
+def test_a_look_is_soon_where_a_stream_may_have_sent_more(selector: RationedSelector, heard_s: float | None) -> None:
+    """One message of a stream is seen at each look: too few looks, and it falls behind more and more."""
+    selector.turns = turns = Turns(1)
+    with in_a_step(turns, 0.3):
+        if heard_s is not None:
+            turns.heard(heard_s)
+        first_s, second_s = looks(selector), looks(selector)
+    assert second_s > 0.04
+    assert first_s < 0.02 if heard_s == 0.02 else first_s > 0.04
+
+
+def test_audio_tells_the_turns_how_often_it_comes() -> None:
+    heard: list[float] = []
     turns = Turns(1)
-    turns.begin = lambda: begun.append(now)  # type: ignore[method-assign]
-    turns.end = lambda posted: None  # type: ignore[method-assign]
-    thread = EngineThread(FakeEngine(), lambda events: None, turns=turns, clock=lambda: now)  # type: ignore[arg-type]
-    for second, waited_s in enumerate((0.0, 0.1, 0.1, 0.5, 0.2)):
-        now = float(second)
-        thread._waited_s = waited_s
-        thread._take_turn([])
-    assert begun == [0.0, 3.0]
+    turns.heard = heard.append  # type: ignore[method-assign]
+    thread = EngineThread(FakeEngine(), lambda events: None, turns=turns)  # type: ignore[arg-type]
+    feed = Feed(StreamOptions(), AudioFormat("linear16", 16_000), NOBODY)
+    for command in (Open(), Audio(b"", 10.0), Audio(b"", 10.5), Flush(), Audio(b"", 10.75)):
+        thread.submit(feed, command)
+    assert heard == [float("inf"), 0.5, 0.25]
+
+
+def test_calls_do_not_queue_up_behind_steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC hands over one call at each look. With a look for each step they came late, and load went unnoticed."""
+    monkeypatch.setattr("service.server.usable_cores", lambda: 1)
+    made: list[Turns] = []
+    monkeypatch.setattr("service.server.Turns", lambda engines: made.append(Turns(engines)) or made[-1])
+    with BackgroundServer(model, serve_config()) as server, grpc.insecure_channel(server.address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        check(health_pb2.HealthCheckRequest())
+        made[0].begin()  # a step without an end
+        begin = time.monotonic()
+        answers = [check.future(health_pb2.HealthCheckRequest()) for _ in range(40)]
+        assert {answer.result(30).status for answer in answers} == {health_pb2.HealthCheckResponse.SERVING}
+        took_s = time.monotonic() - begin
+        made[0].end(posted=False)
+    assert took_s < 40 * 0.05 / 2
 
 
 @pytest.mark.parametrize("cores", [1, 2])
