@@ -165,11 +165,11 @@ def test_calls_do_not_queue_up_behind_steps(model: Model, monkeypatch: pytest.Mo
         check(health_pb2.HealthCheckRequest())
         made[0].begin()  # a step without an end
         begin = time.monotonic()
-        answers = [check.future(health_pb2.HealthCheckRequest()) for _ in range(40)]
+        answers = [check.future(health_pb2.HealthCheckRequest()) for _ in range(100)]
         assert {answer.result(30).status for answer in answers} == {health_pb2.HealthCheckResponse.SERVING}
         took_s = time.monotonic() - begin
         made[0].end(posted=False)
-    assert took_s < 40 * 0.05 / 2
+    assert took_s < 0.75
 
 
 @pytest.mark.parametrize("cores", [1, 2])
