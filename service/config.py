@@ -124,7 +124,7 @@ class LoadConfig:
     """When to leave the encoder early because the machine is busy."""
 
     shed_depth: bool = True
-    target_latency_ms: float = 640.0  # a chunk waiting longer than this for its result means overload
+    target_latency_ms: float = 480.0  # a chunk waiting longer than this for its result means overload
 
     def __post_init__(self) -> None:
         require(self.target_latency_ms > 0, f"load.target_latency_ms={self.target_latency_ms} must be positive")
