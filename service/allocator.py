@@ -7,7 +7,7 @@ import ctypes
 import gc
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_HEAP_BLOCK_BYTES = 32 << 20  # glibc takes no more
 _RESERVED_BYTES = 60 << 20  # a thread's heap is 64 MB, and a step of 64 streams takes half of that
 _RESERVED_AT_ONCE_BYTES = 15 << 20
@@ -29,6 +29,16 @@ def keep_freed_memory(most_bytes: int = 256 << 20) -> bool:
     global _keeps
     _keeps = all(library.mallopt(name, value) == 1 for name, value in options.items())
     return _keeps
+
+
+def share_heaps(most: int) -> None:
+    """Let the threads of this process share so many heaps. To be called before there are many threads.
+
+    By default there are eight for each processor, and each keeps memory in pieces between blocks that are in use.
+    """
+    library = _glibc()
+    if library is not None:
+        library.mallopt(_M_ARENA_MAX, most)
 
 
 def reserve_heap() -> None:

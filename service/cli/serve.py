@@ -6,6 +6,7 @@ import argparse
 import os
 
 _KEPT_BY_A_THREAD_BYTES = 1 << 20  # beside the engines' own: gRPC's threads are many
+_HEAPS_OF_OTHERS = 3
 
 HELP = "serve gRPC until SIGTERM or Ctrl-C"
 _OPTIONS = {  # option -> table and key of the configuration
@@ -66,13 +67,14 @@ def run(arguments: argparse.Namespace) -> int:
     from asr_exit.checkpoint import load
     from asr_exit.processor import computes_in_bf16
     from service import logs
-    from service.allocator import keep_freed_memory
+    from service.allocator import keep_freed_memory, share_heaps
     from service.device import pick_device, pick_precision
     from service.event_loop import run as run_loop
     from service.server import run as serve
 
     logs.set_up(config.log)
     keep_freed_memory(_KEPT_BY_A_THREAD_BYTES)
+    share_heaps(config.model.workers + _HEAPS_OF_OTHERS)
     device = pick_device(config.model.device)
     model = load(config.model.path or None, device)
 

@@ -67,6 +67,29 @@ def test_a_process_that_was_not_told_to_keep_memory_reserves_none() -> None:
     assert max(kept_mb(reserve=True, keep=None)) < 5
 
 
+@glibc_only
+def test_threads_share_heaps() -> None:
+    script = """
+import ctypes, threading
+from service.allocator import share_heaps
+
+def hold():
+    blocks.append(bytes(1000))
+    together.wait()
+
+share_heaps(MOST)
+blocks, together = [], threading.Barrier(13)
+for _ in range(12):
+    threading.Thread(target=hold).start()
+ctypes.CDLL(None).malloc_stats()
+together.wait()
+"""
+    for most in (2, 5):
+        command = [sys.executable, "-c", script.replace("MOST", str(most))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        assert done.stderr.count("Arena ") == most
+
+
 def kept_mb(*, reserve: bool, keep: bool | None) -> list[float]:
     """Megabytes that `_STEP` prints."""
     script = _STEP.replace("RESERVE", str(reserve)).replace("KEEP", str(keep))
