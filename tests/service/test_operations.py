@@ -88,7 +88,7 @@ def test_log_lines_know_their_stream_and_keep_what_was_said_to_themselves(
 ) -> None:
     config = serve_config(log={"transcripts": transcripts})
     with BackgroundServer(model, config) as server, SpeechClient(server.address) as client:
-        text = next(caption.text for caption in client.stream(parts(DATA)) if caption.is_final)
+        text = "".join(caption.text for caption in client.stream(parts(DATA)) if caption.is_final)
     lines = [json.loads(line) for line in log_lines.getvalue().splitlines()]
     about = [line for line in lines if line["logger"] == "service.reception"]
     assert text
