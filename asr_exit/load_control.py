@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from asr_exit.errors import ConfigError
 
@@ -18,6 +19,7 @@ DRAIN_SECONDS = 5.0
 BUSY = 0.95
 LOW_BATTERY = 0.2
 DEVICE_MARGIN = 0.05  # of full depth that must be free again before heat or battery let depth rise
+FALLEN = 0.4  # of a window's chunks in its second half: with fewer, the load goes just now
 FEWEST_STEPS = 5  # in a window, from which to tell a step's fixed cost from the cost of each chunk in it
 LEAST_SPREAD = 0.02  # of chunks per step, variance over mean squared, for the same
 LEAST_MARGINAL = 0.3  # of a chunk's mean cost: never believe that it costs less
@@ -74,6 +76,13 @@ class LoadSignal:
         return share
 
 
+class _Step(NamedTuple):
+    at: float
+    chunks: int
+    seconds: float
+    latency_ms: float
+
+
 class LoadController:
     """Lowers the exit ceiling under pressure and raises it when load goes.
 
@@ -91,6 +100,9 @@ class LoadController:
     The worst chunk of a step counts, which is stricter than a p95 over chunks. One ceiling holds for all streams:
     nobody loses depth that others keep, save for what a request was guaranteed (`Budget.min_exit_layer`). Heat and
     battery limit the ceiling beside the load: down at once, up with a margin.
+
+    A window within which the load went says little of what is to come: its second half is looked at again, with what
+    comes after.
 
     The ceiling changes at most once per `change_seconds`. Not thread-safe.
 
@@ -133,8 +145,7 @@ class LoadController:
         self._checked_at = -math.inf
         self._checked_latency_ms = 0.0
         self._window_start = clock()
-        self._steps: list[tuple[int, float]] = []  # of this window: chunks and seconds
-        self._worst_latency_ms = 0.0
+        self._steps: list[_Step] = []  # of this window
 
     @property
     def ceiling(self) -> int:
@@ -150,8 +161,7 @@ class LoadController:
         """Take one measurement into account. Call after every step, and now and then while idle."""
         now = self._clock()
         latency_ms = signal.queue_delay_ms + signal.step_ms
-        self._steps.append((signal.chunks, signal.step_ms / 1000.0))
-        self._worst_latency_ms = max(self._worst_latency_ms, latency_ms)
+        self._steps.append(_Step(now, signal.chunks, signal.step_ms / 1000.0, latency_ms))
         over = latency_ms > self._target_ms
         self._over_count = self._over_count + 1 if over else 0
         self._follow_device(now, signal.device_share)
@@ -160,13 +170,13 @@ class LoadController:
         if now - self._window_start >= self._change_seconds:
             if not over:
                 self._checked_at = -math.inf
-                self._raise(now, max(signal.cpu_fraction or 0.0, signal.gpu_fraction or 0.0))
+                if not self._raise(now, max(signal.cpu_fraction or 0.0, signal.gpu_fraction or 0.0)):
+                    return
             self._start_window(now)
 
     def _start_window(self, now: float) -> None:
         self._window_start = now
         self._steps = []
-        self._worst_latency_ms = 0.0
 
     def _may_change(self, now: float) -> bool:
         return now - self._changed_at >= self._change_seconds
@@ -193,19 +203,32 @@ class LoadController:
             if self.ceiling != before:
                 self._changed_at = now
 
-    def _raise(self, now: float, busy: float) -> None:
+    def _raise(self, now: float, busy: float) -> bool:
+        """False where the load goes just now, and the window's second half allows more than all of it."""
         if not self._may_change(now):
-            return
-        elapsed = now - self._window_start
-        pressure = max(self._worst_latency_ms / self._target_ms, needed_seconds(self._steps) / elapsed)
+            return True
+        best = self._deepest(self._steps, now - self._window_start)
+        middle = now - self._change_seconds / 2
+        late = [step for step in self._steps if step.at > middle]
+        if (
+            sum(step.chunks for step in late) < FALLEN * sum(step.chunks for step in self._steps)
+            and self._deepest(late, now - middle) > best
+        ):
+            self._steps, self._window_start = late, middle
+            return False
+        self._set(min(best, self._ceiling + 1) if busy >= BUSY else best, now)
+        return True
+
+    def _deepest(self, steps: Sequence[_Step], seconds: float) -> int:
+        """Where the pressure of these steps, taken over so many seconds, would stay within the headroom."""
+        worst_ms = max((step.latency_ms for step in steps), default=0.0)
+        needed = needed_seconds([(step.chunks, step.seconds) for step in steps])
+        pressure = max(worst_ms / self._target_ms, needed / seconds)
         allowed = HEADROOM * self._costs[self._ceiling]
-        best = max(
+        return max(
             (k for k in range(self._ceiling, len(self._costs)) if pressure * self._costs[k] <= allowed),
             default=self._ceiling,
         )
-        if busy >= BUSY:
-            best = min(best, self._ceiling + 1)
-        self._set(best, now)
 
     def _set(self, ceiling: int, now: float) -> None:
         if ceiling != self._ceiling:

@@ -11,7 +11,7 @@ from asr_exit.load_control import LoadController, LoadSignal
 if TYPE_CHECKING:
     from asr_exit.stream import StepOutput
 
-_USAGE_EVERY_S = 1.0
+_USAGE_EVERY_S = 0.5  # the ceiling is thought about once a second: no use of a time long gone
 _OVERLOAD_LASTS_S = 1.0  # unless the next steps are late, too
 
 
@@ -25,7 +25,7 @@ class LoadMonitor:
         clock: Callable[[], float] = time.monotonic,
         usage: Callable[[], tuple[float | None, float | None]] | None = None,
     ) -> None:
-        """`usage` returns the use of CPU and GPU in [0, 1], None where unknown; asked once a second."""
+        """`usage` returns the use of CPU and GPU in [0, 1], None where unknown; asked twice a second."""
         self._controller = controller
         self._clock = clock
         self._ask_usage = usage or machine_usage

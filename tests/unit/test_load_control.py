@@ -105,13 +105,13 @@ def test_overload_sheds_depth_keeps_real_time_and_does_not_oscillate(overload: f
     assert all(later - earlier >= 1.0 for earlier, later in itertools.pairwise(times))
 
 
-def assert_depth_comes_back(server: Server, overload: float) -> None:
-    """Within two seconds of half the capacity, for good."""
+def assert_depth_comes_back(server: Server, overload: float, within_seconds: float = 2.0) -> None:
+    """After half the capacity is left, for good."""
     server.set_streams(int(server.capacity * overload))
     server.run(30)
     assert server.controller.ceiling < 5
     server.set_streams(server.capacity // 2)
-    server.run(2.0)
+    server.run(within_seconds)
     assert server.controller.ceiling == 5
     since = server.clock.now
     server.run(60)
@@ -122,6 +122,15 @@ def assert_depth_comes_back(server: Server, overload: float) -> None:
 @pytest.mark.parametrize("overload", [1.5, 5.0])
 def test_depth_is_back_within_two_seconds_of_audio_when_load_halves(overload: float) -> None:
     assert_depth_comes_back(Server(), overload)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_window_that_holds_the_end_of_a_load_keeps_nobody_shallow(seed: int) -> None:
+    """However the load ends within the window, depth comes back all at once."""
+    server = Server(200, fixed_seconds=0.01, noise=0.2, rng=random.Random(seed), target_ms=480.0)
+    server.set_streams(300)
+    server.run(3 + 0.08 * seed)
+    assert_depth_comes_back(server, 1.5, within_seconds=1.5)
 
 
 @pytest.mark.parametrize("fixed_seconds", [0.01, 0.03])
