@@ -31,7 +31,7 @@ class Batching:
     without padding (see `asr_exit.buckets`).
     """
 
-    max_batch: int = 128  # streams in one step
+    max_batch: int = 64  # streams in one step
     max_wait_ms: float = 10.0  # how long a ready chunk may wait for others to join its step
 
     def __post_init__(self) -> None:
