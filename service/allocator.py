@@ -9,7 +9,7 @@ import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_HEAP_BLOCK_BYTES = 32 << 20  # glibc takes no more
-_RESERVED_BYTES = 60 << 20  # a thread's heap is 64 MB, and a step of 64 streams takes half of that
+_RESERVED_BYTES = 240 << 20  # four heaps of 64 MB: a step of 64 streams takes half of one, and streams keep things, too
 _RESERVED_AT_ONCE_BYTES = 15 << 20
 _PIN_BYTES = 4096
 _keeps = False  # whether this process was told to
@@ -42,11 +42,11 @@ def share_heaps(most: int) -> None:
 
 
 def reserve_heap() -> None:
-    """Let the calling thread keep what its steps free, whatever others may keep. To be called first of all on it.
+    """Let the calling thread keep what its steps free, whatever others may keep. To be called before the first of them.
 
-    glibc hands back nothing but the top of a heap, and a block that is never freed lies above what is reserved here.
-    That takes address space; memory only as steps use it, until `give_back_freed_memory`. Does nothing in a process
-    without `keep_freed_memory`.
+    But after what the thread allocates for good, which would fill the reserve. glibc hands back nothing but the top of
+    a heap, and a block that is never freed lies above what is reserved here. That takes address space; memory only as
+    steps use it, until `give_back_freed_memory`. Does nothing in a process without `keep_freed_memory`.
     """
     library = _glibc()
     if _keeps and library is not None:  # otherwise blocks of this size do not come from the heap

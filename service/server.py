@@ -174,13 +174,13 @@ class SpeechServer:
 
     def _prepare(self, engine: Engine) -> None:
         """On the thread that runs the engine."""
-        reserve_heap()
         import torch
 
         torch.set_num_threads(self._config.model.threads)  # counts for the calling thread, and so do kernels
         if isinstance(engine.backend, TorchBackend):
             chunk_frames = self._model.config.chunk_frames(self._config.stream.chunk_ms)
             engine.backend.warm_up(chunk_frames, self._config.batching.max_batch)
+        reserve_heap()
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", SERVICE_NAME):
