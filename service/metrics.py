@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from asr_exit.errors import ConfigError
 from asr_exit.policy import Reason
+from service.allocator import memory_in_use
 
 if TYPE_CHECKING:
     from asr_exit.stream import StepOutput
@@ -58,6 +59,9 @@ class Metrics:
         self._ceiling_changes = counter("load_ceiling_changes", "Times that load lowered or raised that layer")
         self._by_reason = {reason: self._decisions.labels(str(reason.value)) for reason in Reason}
         self._usual_factor = 0.0
+        if memory_in_use() is not None:
+            in_use = gauge("memory_in_use_bytes", "What the C library's allocator has given out and not got back")
+            in_use.set_function(lambda: memory_in_use() or 0)
         gauge("slots", "Most streams at the same time").set(slots)
 
     def opened(self) -> None:

@@ -57,6 +57,7 @@ class AbuseReport:
     open_streams: int  # at the end, according to the server
     rss_before_mb: float
     rss_after_mb: float
+    in_use_growth_mb: float | None  # of memory given out and not got back; None where nobody tells
 
     @property
     def growth_mb(self) -> float:
@@ -79,9 +80,10 @@ async def measure_abuse(
         raise BenchError("the streams fail even without bad ones: is the server large enough?")
     await _mixed(server.address, speeches, min(bad, 4 * _AT_A_TIME), good, seed + 1)  # what one wave needs, it may keep
     await _settled(server)
-    before = server.usage().rss_mb
+    before, in_use_before = server.usage().rss_mb, server.memory_in_use_mb()
     opened, among = await _mixed(server.address, speeches, bad, good, seed)
     left = await _settled(server)
+    in_use = server.memory_in_use_mb()
     pairs = [(alone[index % good], text) for index, text in enumerate(among)]
     return AbuseReport(
         bad_streams=opened,
@@ -91,6 +93,7 @@ async def measure_abuse(
         open_streams=left,
         rss_before_mb=before,
         rss_after_mb=server.usage().rss_mb,
+        in_use_growth_mb=None if in_use is None or in_use_before is None else in_use - in_use_before,
     )
 
 

@@ -44,6 +44,11 @@ class ServedProcess:
         times = self.process.cpu_times()
         return Usage(times.user + times.system, self.process.memory_info().rss / 1e6)
 
+    def memory_in_use_mb(self) -> float | None:
+        """What the server's C library has given out and not got back; None where it does not tell."""
+        in_use = self.figures().get("asr_exit_memory_in_use_bytes")
+        return None if in_use is None else in_use / 1e6
+
     def figures(self) -> dict[str, float]:
         """Everything at /metrics: sample name with labels -> value."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30) as answer:

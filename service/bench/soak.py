@@ -27,6 +27,8 @@ class SoakReport:
     trial: Trial
     rss_mb: list[tuple[float, float]]  # (second, resident memory)
     slope_mb: float  # in ten minutes, fitted to the second half of the time that streams ran
+    in_use_mb: list[tuple[float, float]]  # (second, memory given out and not got back); empty where nobody tells
+    in_use_slope_mb: float  # as `slope_mb`: what is resident also holds free memory, which comes and goes
     latency_first_ms: float  # p50 of the first third
     latency_last_ms: float  # p50 of the last third
 
@@ -51,12 +53,16 @@ def measure_soak(
     on_sample: Callable[[], None] = lambda: None,
 ) -> SoakReport:
     """Run `streams` clients for `minutes`."""
-    stop, samples, begin = threading.Event(), [], time.monotonic()
+    stop, begin = threading.Event(), time.monotonic()
+    resident: list[tuple[float, float]] = []
+    in_use: list[tuple[float, float]] = []
     warm_up_s, seconds = min(30.0, 6 * minutes), 60 * minutes
 
     def watch() -> None:
         while not stop.wait(min(_EVERY_S, 6 * minutes)):
-            samples.append((time.monotonic() - begin, server.usage().rss_mb))
+            resident.append((time.monotonic() - begin, server.usage().rss_mb))
+            if (used_mb := server.memory_in_use_mb()) is not None:
+                in_use.append((time.monotonic() - begin, used_mb))
             on_sample()
 
     watcher = threading.Thread(target=watch)
@@ -79,8 +85,10 @@ def measure_soak(
     last = [latency for when, latency in heard.chunk_ms if when > 2 * third]
     return SoakReport(
         trial=trial,
-        rss_mb=samples,
-        slope_mb=slope_in_ten_minutes(samples, until=warm_up_s + seconds),
+        rss_mb=resident,
+        slope_mb=slope_in_ten_minutes(resident, until=warm_up_s + seconds),
+        in_use_mb=in_use,
+        in_use_slope_mb=slope_in_ten_minutes(in_use, until=warm_up_s + seconds),
         latency_first_ms=float(np.median(first)),
         latency_last_ms=float(np.median(last)),
     )

@@ -65,6 +65,7 @@ def _abuse(arguments: argparse.Namespace) -> int:
         ("streams open at the end", report.open_streams),
         ("resident memory before and after, MB", f"{report.rss_before_mb:.1f}, {report.rss_after_mb:.1f}"),
         (f"growth, MB (bar: {MEMORY_BAR_MB:g})", f"{report.growth_mb:+.2f}"),
+        ("of it in use, MB", "-" if report.in_use_growth_mb is None else f"{report.in_use_growth_mb:+.2f}"),
     ]
     return print_report(arguments, "cpu", model_name(arguments), values, report.holds, "abuse", ("", ""), cells, [])
 
@@ -93,6 +94,7 @@ def _soak(arguments: argparse.Namespace) -> int:
         ("minutes", f"{arguments.minutes:g}"),
         ("p99 chunk latency, ms", f"{report.trial.chunk_latency_ms[-1]:.0f}" if report.trial.chunk_latency_ms else "-"),
         (f"memory slope, MB in ten minutes (bar: {MEMORY_BAR_MB:g})", f"{report.slope_mb:+.2f}"),
+        ("slope of what of it is in use", f"{report.in_use_slope_mb:+.2f}" if report.in_use_mb else "-"),
         ("median latency, first third, ms", f"{report.latency_first_ms:.0f}"),
         ("median latency, last third, ms", f"{report.latency_last_ms:.0f}"),
         (f"drift, % (bar: {100 * DRIFT_BAR:g})", f"{100 * report.drift:+.1f}"),

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from service.allocator import memory_in_use
 from service.engine_thread import EngineThread
 from service.server import poster
 from tests.service.fake_engine import FakeEngine
@@ -65,6 +66,21 @@ def test_other_threads_keep_little() -> None:
 @glibc_only
 def test_a_process_that_was_not_told_to_keep_memory_reserves_none() -> None:
     assert max(kept_mb(reserve=True, keep=None)) < 5
+
+
+@glibc_only
+@pytest.mark.parametrize("megabytes", [1, 100])
+def test_memory_in_use_counts_what_is_held_and_not_what_is_kept(megabytes: int) -> None:
+    before = memory_in_use()
+    assert before is not None
+    blocks = [bytearray(1 << 20) for _ in range(megabytes)]
+    held = memory_in_use()
+    blocks.clear()
+    after = memory_in_use()
+    assert held is not None
+    assert after is not None
+    assert held - before == pytest.approx(megabytes << 20, abs=200_000)
+    assert after == pytest.approx(before, abs=200_000)
 
 
 @glibc_only

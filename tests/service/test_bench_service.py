@@ -198,6 +198,7 @@ def test_abuse(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert report["bad_streams"] == {"cancelled": 4, "half-closed": 4, "idle": 4, "killed": 4}
     assert report["good_streams"] >= 2
     assert (report["changed_texts"], report["failed_streams"], report["open_streams"]) == ([], 0, 0)
+    assert report["in_use_growth_mb"] is None or abs(report["in_use_growth_mb"]) < 5
 
 
 def test_soak(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,4 +206,6 @@ def test_soak(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["trial"]["errors"] == {}
     assert len(report["rss_mb"]) >= 5
+    for (_, resident_mb), (_, in_use_mb) in zip(report["rss_mb"], report["in_use_mb"], strict=False):
+        assert 0 < in_use_mb < resident_mb
     assert report["latency_last_ms"] > 0
