@@ -124,7 +124,7 @@ def test_every_part_of_a_budget_travels() -> None:
         wire.parse_budget(pb.ComputeBudget(max_exit_layer=2, min_exit_layer=4))
 
 
-def test_the_load_monitor_asks_for_the_machines_use_once_a_second() -> None:
+def test_the_load_monitor_asks_for_the_machines_use_twice_a_second() -> None:
     seen: list[LoadSignal] = []
 
     class Controller:
@@ -137,7 +137,7 @@ def test_the_load_monitor_asks_for_the_machines_use_once_a_second() -> None:
     monitor = LoadMonitor(Controller(), clock=lambda: now[0], usage=lambda: next(uses))  # type: ignore[arg-type]
     result = SimpleNamespace(stream=SimpleNamespace(options=SimpleNamespace(chunk_ms=640)))
     output = SimpleNamespace(results=[result], step_ms=30.0)
-    for now[0] in (10.0, 10.5, 11.1):
+    for now[0] in (10.0, 10.4, 10.6):
         assert monitor.after_step(output, 50.0, ready_streams=1, free_slots=2) == 3  # type: ignore[arg-type]
     assert [(signal.cpu_fraction, signal.gpu_fraction) for signal in seen] == [(0.5, None), (0.5, None), (0.7, 0.9)]
     assert [signal.queue_delay_ms for signal in seen] == [20.0] * 3
