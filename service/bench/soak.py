@@ -28,7 +28,7 @@ class SoakReport:
     rss_mb: list[tuple[float, float]]  # (second, resident memory)
     slope_mb: float  # in ten minutes, fitted to the second half of the time that streams ran
     in_use_mb: list[tuple[float, float]]  # (second, memory given out and not got back); empty where nobody tells
-    in_use_slope_mb: float  # as `slope_mb`: what is resident also holds free memory, which comes and goes
+    in_use_slope_mb: float | None  # as `slope_mb`: what is resident also holds free memory, which comes and goes
     latency_first_ms: float  # p50 of the first third
     latency_last_ms: float  # p50 of the last third
 
@@ -88,7 +88,7 @@ def measure_soak(
         rss_mb=resident,
         slope_mb=slope_in_ten_minutes(resident, until=warm_up_s + seconds),
         in_use_mb=in_use,
-        in_use_slope_mb=slope_in_ten_minutes(in_use, until=warm_up_s + seconds),
+        in_use_slope_mb=slope_in_ten_minutes(in_use, until=warm_up_s + seconds) if in_use else None,
         latency_first_ms=float(np.median(first)),
         latency_last_ms=float(np.median(last)),
     )

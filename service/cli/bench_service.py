@@ -94,7 +94,7 @@ def _soak(arguments: argparse.Namespace) -> int:
         ("minutes", f"{arguments.minutes:g}"),
         ("p99 chunk latency, ms", f"{report.trial.chunk_latency_ms[-1]:.0f}" if report.trial.chunk_latency_ms else "-"),
         (f"memory slope, MB in ten minutes (bar: {MEMORY_BAR_MB:g})", f"{report.slope_mb:+.2f}"),
-        ("slope of what of it is in use", f"{report.in_use_slope_mb:+.2f}" if report.in_use_mb else "-"),
+        ("slope of what of it is in use", "-" if report.in_use_slope_mb is None else f"{report.in_use_slope_mb:+.2f}"),
         ("median latency, first third, ms", f"{report.latency_first_ms:.0f}"),
         ("median latency, last third, ms", f"{report.latency_last_ms:.0f}"),
         (f"drift, % (bar: {100 * DRIFT_BAR:g})", f"{100 * report.drift:+.1f}"),
